@@ -1,0 +1,284 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/containerd/containerd/v2/pkg/apparmor"
+	"github.com/containerd/containerd/v2/pkg/seccomp"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/opencontainers/selinux/go-selinux"
+	"google.golang.org/grpc"
+
+	"cloister.dev/internal/config"
+	"cloister.dev/internal/cri"
+	"cloister.dev/internal/image"
+	"cloister.dev/internal/network"
+	"cloister.dev/internal/network/builtin"
+	"cloister.dev/internal/network/cni"
+	"cloister.dev/internal/oci"
+	"cloister.dev/internal/osutil"
+	"cloister.dev/internal/pod"
+	"cloister.dev/internal/shim"
+	"cloister.dev/internal/stream"
+)
+
+// stopTime bounds the wait for running calls when the daemon is asked to stop.
+const stopTime = 10 * time.Second
+
+// runDaemon opens the services from the bottom up, serves until ctx ends, and
+// closes them from the top down. Pods are not touched by its end.
+func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (err error) {
+	var open osutil.Undo // every service, newest closed first
+	defer func() {
+		end := errors.New("closing")
+		open.Run(ctx, &end)
+		if u, ok := end.(interface{ Unwrap() []error }); ok && err == nil {
+			err = errors.Join(u.Unwrap()[1:]...)
+		}
+	}()
+	closing := func(what string, f func() error) {
+		open.Add(what, func(context.Context) error { return f() })
+	}
+
+	if err := os.MkdirAll(cfg.State, 0o711); err != nil {
+		return fmt.Errorf("make the state folder: %w", err)
+	}
+	images, err := image.Open(ctx, imageOptions(cfg, log))
+	if err != nil {
+		return err
+	}
+	closing("close the image store", images.Close)
+	net, err := openNetwork(cfg, log)
+	if err != nil {
+		return err
+	}
+	closing("close the network", net.Close)
+	events := filepath.Join(cfg.State, "events.sock")
+	eventServer, err := shim.ServeEvents(events)
+	if err != nil {
+		return err
+	}
+	closing("close the events socket", eventServer.Close)
+	so, err := shimOptions(cfg, log)
+	if err != nil {
+		return err
+	}
+	so.EventsAddress, so.Events = events, eventServer
+	shims, err := shim.New(so)
+	if err != nil {
+		return err
+	}
+	closing("close shim connections", func() error { shims.Close(); return nil })
+	pods, err := pod.Open(ctx, podOptions(cfg, log, images, net, shims))
+	if err != nil {
+		return err
+	}
+	closing("close the pod service", pods.Close)
+	streams, err := stream.New(streamOptions(cfg, log), cri.StreamRuntime(pods))
+	if err != nil {
+		return err
+	}
+	closing("close the streaming server", func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), stopTime)
+		defer cancel()
+		return streams.Close(ctx)
+	})
+	if err := streams.Start(); err != nil {
+		return err
+	}
+	server := cri.New(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
+		Snapshotter: func(handler string) (string, error) { return cfg.Images.RuntimePlatforms[handler].Snapshotter, nil }})
+	return serve(ctx, cfg, log, server, pods, images)
+}
+
+// serve answers on the CRI socket until ctx ends.
+func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri.Server, pods *pod.Service, images *image.Store) error {
+	lis, err := listen(cfg.Address)
+	if err != nil {
+		return err
+	}
+	g := grpc.NewServer(server.GRPCOptions()...)
+	server.Register(g)
+	registerDebug(g, pods, images)
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(lis) }()
+	log.Info("serving CRI", "address", cfg.Address, "root", cfg.Root, "state", cfg.State, "network", cfg.Cloister.Network)
+	if _, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil {
+		log.Warn("tell systemd that the daemon is ready", "err", err)
+	}
+	select {
+	case err := <-served:
+		return fmt.Errorf("serve CRI on %s: %w", cfg.Address, err)
+	case <-ctx.Done():
+	}
+	log.Info("stopping; pods go on running")
+	// What the service manager thinks of our end changes nothing about it.
+	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
+	hard := time.AfterFunc(stopTime, g.Stop)
+	defer hard.Stop()
+	g.GracefulStop()
+	return nil
+}
+
+// listen makes the socket, which only root may use, in place of a stale one.
+func listen(address string) (net.Listener, error) {
+	path := strings.TrimPrefix(address, "unix://")
+	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
+		return nil, fmt.Errorf("make the socket's folder: %w", err)
+	}
+	if c, err := net.Dial("unix", path); err == nil {
+		c.Close()
+		return nil, fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, fmt.Errorf("remove the stale socket: %w", err)
+	}
+	lis, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		lis.Close()
+		return nil, fmt.Errorf("restrict the socket: %w", err)
+	}
+	return lis, nil
+}
+
+func imageOptions(cfg config.Config, log *slog.Logger) image.Options {
+	o := image.Options{
+		Root: filepath.Join(cfg.Root, "images"), Snapshotter: cfg.Images.Snapshotter,
+		ConfigPath: cfg.Images.Registry.ConfigPath, Headers: cfg.Images.Registry.Headers,
+		MaxConcurrentDownloads: cfg.Images.MaxConcurrentDownloads,
+		ProgressTimeout:        cfg.Images.ImagePullProgressTimeout.Duration,
+		DiscardUnpackedLayers:  cfg.Images.DiscardUnpackedLayers, Log: log,
+	}
+	for _, ref := range cfg.Images.PinnedImages {
+		o.Pinned = append(o.Pinned, ref)
+	}
+	return o
+}
+
+func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) {
+	if cfg.Cloister.Network == "builtin" {
+		b := cfg.Cloister.BuiltinNetwork
+		o := builtin.Options{Bridge: b.Bridge, MTU: b.MTU, HostPorts: true, StateDir: filepath.Join(cfg.Root, "network"), Log: log}
+		for _, s := range b.Subnets {
+			p, err := netip.ParsePrefix(s)
+			if err != nil {
+				return nil, fmt.Errorf("builtin_network.subnets: %w", err)
+			}
+			o.Subnets = append(o.Subnets, p)
+		}
+		return builtin.New(o)
+	}
+	c := cfg.Runtime.CNI
+	return cni.New(cni.Options{ConfDir: c.ConfDir, BinDirs: c.BinDirs, MaxConfNum: c.MaxConfNum, SetupSerially: c.SetupSerially,
+		IPPref: c.IPPref, CacheDir: filepath.Join(cfg.Root, "cni"), StateDir: filepath.Join(cfg.Root, "network"), Log: log})
+}
+
+func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
+	o := shim.Options{State: filepath.Join(cfg.State, "shim"), GRPCAddress: cfg.Address, LogLevel: cfg.LogLevel, Log: log,
+		Default: cfg.Runtime.Containerd.DefaultRuntimeName, Runtimes: map[string]shim.Runtime{}}
+	var err error
+	if o.Binary, err = shimProgram(cfg.Cloister.Shim); err != nil {
+		return o, err
+	}
+	for name, h := range cfg.Runtime.Containerd.Runtimes {
+		r := shim.Runtime{Type: h.RuntimeType, Path: h.RuntimePath, Options: h.Options, Snapshotter: snapshotter(cfg, name, h),
+			BaseSpec: h.BaseRuntimeSpec, PodAnnotations: h.PodAnnotations, CtrAnnotations: h.ContainerAnnotations,
+			NoHostDevices: h.PrivilegedWithoutHostDevices, AllDevices: h.PrivilegedWithoutHostDevicesAllDevicesAllowed,
+			CgroupWritable: h.CgroupWritable}
+		if h.IsRunc() {
+			ro, err := h.RuncOptions()
+			if err != nil {
+				return o, fmt.Errorf("options of handler %q: %w", name, err)
+			}
+			r.Type = config.RuncType
+			r.Binary, r.Root, r.SystemdCgroup, r.NoNewKeyring = ro.BinaryName, ro.Root, ro.SystemdCgroup, ro.NoNewKeyring
+		} else {
+			so, err := h.ShimOptions()
+			if err != nil {
+				return o, fmt.Errorf("options of handler %q: %w", name, err)
+			}
+			r.ConfigPath, r.ConfigBody, r.OptionsType = so.ConfigPath, so.ConfigBody, so.TypeURL
+		}
+		o.Runtimes[name] = r
+	}
+	return o, nil
+}
+
+func snapshotter(cfg config.Config, name string, h config.Handler) string {
+	if h.Snapshotter != "" {
+		return h.Snapshotter
+	}
+	return cfg.Images.RuntimePlatforms[name].Snapshotter
+}
+
+// shimProgram finds cloister-shim: as configured, beside this program, or in PATH.
+func shimProgram(configured string) (string, error) {
+	if configured != "" {
+		return configured, nil
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("find this program: %w", err)
+	}
+	beside := filepath.Join(filepath.Dir(self), "cloister-shim")
+	if _, err := os.Stat(beside); err == nil {
+		return beside, nil
+	}
+	path, err := exec.LookPath("cloister-shim")
+	if err != nil {
+		return "", fmt.Errorf("find cloister-shim beside %s or in PATH: %w; install it, or set shim in [cloister]", self, err)
+	}
+	return path, nil
+}
+
+func podOptions(cfg config.Config, log *slog.Logger, images *image.Store, net network.Attacher, shims *shim.Client) pod.Options {
+	r := cfg.Runtime
+	return pod.Options{
+		Root: cfg.Root, State: cfg.State, Images: images, Network: net, Shims: shims, Node: node(r), Log: log,
+		LogMaxLine: int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
+		DrainExecSync: r.DrainExecSyncIOTimeout.Duration, StatsPeriod: r.StatsCollectPeriod.Duration,
+		VerboseInfo: map[string]any{"stateDir": cfg.State, "rootDir": cfg.Root, "address": cfg.Address,
+			"network": cfg.Cloister.Network, "snapshotter": cfg.Images.Snapshotter, "files": cfg.Files},
+	}
+}
+
+// node finds out what the machine is.
+func node(r config.Runtime) oci.Node {
+	n := oci.Node{
+		CgroupV2: osutil.CgroupV2(), Seccomp: seccomp.IsEnabled(),
+		AppArmor:           apparmor.HostSupports() && !r.DisableAppArmor,
+		SELinux:            r.EnableSELinux && selinux.GetEnabled(),
+		SeccompProfileRoot: "/var/lib/kubelet/seccomp",
+		RestrictOOMScore:   r.RestrictOOMScoreAdj, HugetlbTolerated: r.TolerateMissingHugetlbController || r.DisableHugetlbController,
+		DefaultSeccomp:    r.UnsetSeccompProfile,
+		UnprivilegedPorts: r.EnableUnprivilegedPorts, UnprivilegedICMP: r.EnableUnprivilegedICMP,
+		DeviceOwnership: r.DeviceOwnershipFromSecurityContext,
+	}
+	if r.EnableCDI {
+		n.CDISpecDirs = r.CDISpecDirs
+	}
+	if b, err := os.ReadFile("/proc/self/oom_score_adj"); err == nil {
+		n.DaemonOOMScore, _ = strconv.Atoi(strings.TrimSpace(string(b)))
+	}
+	return n
+}
+
+func streamOptions(cfg config.Config, log *slog.Logger) stream.Options {
+	s := cfg.Streaming
+	return stream.Options{Address: s.Address, Port: s.Port, IdleTimeout: s.IdleTimeout.Duration, Log: log,
+		TLS: stream.TLS{Enable: s.EnableTLS, CertFile: s.KeyPair.CertFile, KeyFile: s.KeyPair.KeyFile}}
+}

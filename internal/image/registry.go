@@ -1,0 +1,219 @@
+package image
+
+import (
+	"context"
+	"encoding/base64"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/url"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"github.com/containerd/containerd/v2/core/remotes"
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+	dockerconfig "github.com/containerd/containerd/v2/core/remotes/docker/config"
+	"github.com/containerd/errdefs"
+	"github.com/distribution/reference"
+)
+
+// session is one pull's view of the registries: the hosts that the
+// configuration gives for the image, credentials for exactly those, and the
+// meter that watches all traffic.
+type session struct {
+	meter   *meter
+	secret  credentials
+	headers http.Header
+
+	mu         sync.Mutex
+	hosts      map[string]bool // host[:port] of the configuration
+	transports []*guard
+}
+
+func (s *Store) newSession(auth *Auth) (*session, error) {
+	c, err := s.credentials(auth)
+	if err != nil {
+		return nil, err
+	}
+	return &session{
+		meter:   newMeter(),
+		secret:  c,
+		headers: http.Header(maps.Clone(s.o.Headers)),
+		hosts:   make(map[string]bool),
+	}, nil
+}
+
+// resolver speaks to the hosts that the trees of hosts.toml name.
+func (ss *session) resolver(ctx context.Context, configPath string) remotes.Resolver {
+	hosts := dockerconfig.ConfigureHosts(ctx, dockerconfig.HostOptions{
+		HostDir:      hostDirs(configPath),
+		Credentials:  ss.credentialsFor,
+		UpdateClient: ss.guardClient,
+	})
+	return docker.NewResolver(docker.ResolverOptions{
+		Headers: ss.headers,
+		Hosts: func(name string) ([]docker.RegistryHost, error) {
+			list, err := hosts(name)
+			if err != nil {
+				return nil, fmt.Errorf("registry configuration for %s below %s: %w: %w", quoted(name), configPath, err, errdefs.ErrFailedPrecondition)
+			}
+			ss.mu.Lock()
+			defer ss.mu.Unlock()
+			for i, h := range list {
+				ss.hosts[h.Host] = true
+				if ss.secret.registryToken != "" {
+					list[i].Authorizer = bearer{ss}
+				}
+			}
+			return list, nil
+		},
+	})
+}
+
+// hostDirs looks through the trees in their order; the first that knows the
+// host, or has a _default, wins.
+func hostDirs(configPath string) func(string) (string, error) {
+	roots := filepath.SplitList(configPath)
+	return func(host string) (string, error) {
+		for _, root := range roots {
+			if root == "" {
+				continue
+			}
+			dir, err := dockerconfig.HostDirFromRoot(root)(host)
+			if errdefs.IsNotFound(err) {
+				continue
+			}
+			return dir, err
+		}
+		return "", errdefs.ErrNotFound
+	}
+}
+
+// guardClient puts the meter and the guard around a client's transport. It is
+// called again for copies of a client that has them already.
+func (ss *session) guardClient(c *http.Client) error {
+	if _, ok := c.Transport.(*guard); ok {
+		return nil
+	}
+	g := &guard{next: c.Transport, session: ss}
+	c.Transport = g
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	ss.transports = append(ss.transports, g)
+	return nil
+}
+
+// close drops the connections that the pull kept open.
+func (ss *session) close() {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	for _, g := range ss.transports {
+		if c, ok := g.next.(interface{ CloseIdleConnections() }); ok {
+			c.CloseIdleConnections()
+		}
+	}
+}
+
+func (ss *session) configured(host string) bool {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	return ss.hosts[host]
+}
+
+// credentialsFor answers a registry's challenge. A host that is not in the
+// configuration, reached by a redirect, gets nothing.
+func (ss *session) credentialsFor(host string) (string, string, error) {
+	if !ss.configured(host) {
+		return "", "", nil
+	}
+	return ss.secret.lookup(host)
+}
+
+// credentials are what a pull may show to a registry.
+type credentials struct {
+	lookup        func(host string) (user, secret string, err error)
+	registryToken string
+	secrets       []string // for cutting them out of errors
+}
+
+func (s *Store) credentials(a *Auth) (credentials, error) {
+	none := func(string) (string, string, error) { return "", "", nil }
+	if a == nil || *a == (Auth{}) || *a == (Auth{ServerAddress: a.ServerAddress}) {
+		if s.o.Credentials != nil {
+			return credentials{lookup: s.o.Credentials}, nil
+		}
+		return credentials{lookup: none}, nil
+	}
+	user, secret := a.Username, a.Password
+	switch {
+	case user != "":
+	case a.IdentityToken != "":
+		secret = a.IdentityToken
+	case a.Auth != "":
+		b, err := base64.StdEncoding.DecodeString(a.Auth)
+		if err != nil {
+			return credentials{}, fmt.Errorf("credentials: field auth is not base64: %w", errdefs.ErrInvalidArgument)
+		}
+		var ok bool
+		user, secret, ok = strings.Cut(string(b), ":")
+		if !ok {
+			return credentials{}, fmt.Errorf("credentials: field auth is not of the form user:password: %w", errdefs.ErrInvalidArgument)
+		}
+		secret = strings.Trim(secret, "\x00")
+	case a.RegistryToken != "":
+	default:
+		return credentials{}, fmt.Errorf("credentials without user, token or auth: %w", errdefs.ErrInvalidArgument)
+	}
+	c := credentials{secrets: []string{a.Password, a.Auth, a.IdentityToken, a.RegistryToken, secret}}
+	if user == "" && secret == "" {
+		c.registryToken = a.RegistryToken
+	}
+	c.lookup = func(host string) (string, string, error) {
+		if !serves(a.ServerAddress, host) {
+			return "", "", nil
+		}
+		return user, secret, nil
+	}
+	return c, nil
+}
+
+// serves says whether credentials made for an address are meant for host. The
+// address may be a URL; Docker Hub has three names.
+func serves(address, host string) bool {
+	if address == "" {
+		return true
+	}
+	if !strings.Contains(address, "://") {
+		address = "https://" + address
+	}
+	u, err := url.Parse(address)
+	if err != nil {
+		return false
+	}
+	hub := func(h string) string {
+		switch h {
+		case "index.docker.io", "registry-1.docker.io":
+			return "docker.io"
+		}
+		return strings.ToLower(h)
+	}
+	return hub(u.Host) == hub(host)
+}
+
+// bearer shows a ready-made registry token to configured hosts.
+type bearer struct{ ss *session }
+
+func (b bearer) Authorize(_ context.Context, r *http.Request) error {
+	if b.ss.configured(r.URL.Host) {
+		r.Header.Set("Authorization", "Bearer "+b.ss.secret.registryToken)
+	}
+	return nil
+}
+
+func (bearer) AddResponses(context.Context, []*http.Response) error {
+	return fmt.Errorf("%w: the registry refuses the registry token", docker.ErrInvalidAuthorization)
+}
+
+// pullRef is the form of a name that containerd's resolver takes.
+func pullRef(n reference.Named) string { return n.String() }

@@ -1,0 +1,226 @@
+package image
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runtime-spec/specs-go"
+)
+
+const (
+	labelRoot     = "containerd.io/gc.root" // keeps a snapshot, and those below it, from collection
+	labelRootfs   = "cloister.dev/rootfs"
+	labelVolatile = "cloister.dev/volatile"
+
+	maxKey = 256
+)
+
+// roots knows the root file systems and views that exist, so that a key alone
+// finds its snapshotter.
+type roots struct {
+	mu    sync.Mutex
+	byKey map[string]root
+}
+
+type root struct {
+	snapshotter string
+	volatile    bool
+}
+
+func (r *roots) get(key string) (root, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	v, ok := r.byKey[key]
+	return v, ok
+}
+
+func (r *roots) set(key string, v root) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.byKey[key] = v
+}
+
+func (r *roots) delete(key string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.byKey, key)
+}
+
+func (s *Store) loadRoots(ctx context.Context) error {
+	s.roots.byKey = make(map[string]root)
+	for name, sn := range s.snapshotters {
+		if !s.inUse(name) {
+			continue
+		}
+		err := sn.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
+			if i.Labels[labelRootfs] != "" {
+				s.roots.set(i.Name, root{name, i.Labels[labelVolatile] != ""})
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("list snapshots of %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// PrepareRootfs makes a writable root file system for a container and returns
+// the mounts that show it. It answers AlreadyExists when the key is taken.
+func (s *Store) PrepareRootfs(ctx context.Context, key string, img Image, o RootfsOptions) ([]mount.Mount, error) {
+	name, sn, err := s.snapshotter(o.Snapshotter)
+	if err != nil {
+		return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
+	}
+	labels := map[string]string{}
+	for k, v := range o.Labels {
+		labels[k] = v
+	}
+	if len(o.UIDs) > 0 || len(o.GIDs) > 0 {
+		if err := s.idLabels(labels, name, o.UIDs, o.GIDs); err != nil {
+			return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
+		}
+	}
+	volatile := o.Volatile && name == snapshotterOverlay
+	if volatile {
+		labels[labelVolatile] = "1"
+	}
+	return s.prepare(ctx, key, img, root{name, volatile}, labels, sn.Prepare)
+}
+
+// PrepareView makes a read-only view of an image, for an image volume.
+func (s *Store) PrepareView(ctx context.Context, key string, img Image) ([]mount.Mount, error) {
+	name, sn, err := s.snapshotter("")
+	if err != nil {
+		return nil, err
+	}
+	return s.prepare(ctx, key, img, root{snapshotter: name}, map[string]string{}, sn.View)
+}
+
+type prepareFunc func(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error)
+
+func (s *Store) prepare(ctx context.Context, key string, img Image, r root, labels map[string]string, do prepareFunc) ([]mount.Mount, error) {
+	if key == "" || len(key) > maxKey || strings.HasPrefix(key, "sha256:") {
+		return nil, fmt.Errorf("root file system key %s: %w", quoted(key), errdefs.ErrInvalidArgument)
+	}
+	if _, ok := s.roots.get(key); ok {
+		return nil, fmt.Errorf("root file system %s: %w", quoted(key), errdefs.ErrAlreadyExists)
+	}
+	ctx = s.within(ctx)
+	labels[labelRoot] = time.Now().UTC().Format(time.RFC3339)
+	labels[labelRootfs] = "1"
+	opt := snapshots.WithLabels(labels)
+	mounts, err := do(ctx, key, img.ChainID, opt)
+	if errdefs.IsNotFound(err) && img.ChainID != "" {
+		if err := s.unpackStored(ctx, img, r.snapshotter); err != nil {
+			return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
+		}
+		mounts, err = do(ctx, key, img.ChainID, opt)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("root file system %s of image %s: %w", quoted(key), img.ID, err)
+	}
+	s.roots.set(key, r)
+	return withVolatile(mounts, r.volatile), nil
+}
+
+// idLabels asks the snapshotter for id-mapped lower layers.
+func (s *Store) idLabels(labels map[string]string, snapshotter string, uids, gids []specs.LinuxIDMapping) error {
+	if snapshotter != snapshotterOverlay {
+		return fmt.Errorf("snapshotter %s has no id-mapped layers, user namespaces need %s: %w", snapshotter, snapshotterOverlay, errdefs.ErrNotImplemented)
+	}
+	if len(uids) == 0 || len(gids) == 0 {
+		return fmt.Errorf("user namespace needs both uid and gid mappings: %w", errdefs.ErrInvalidArgument)
+	}
+	if ok, err := s.idmap(); err != nil || !ok {
+		return fmt.Errorf("this kernel has no id-mapped mounts for overlayfs (%v): %w", err, errdefs.ErrNotImplemented)
+	}
+	labels[snapshots.LabelSnapshotUIDMapping] = mapping(uids)
+	labels[snapshots.LabelSnapshotGIDMapping] = mapping(gids)
+	return nil
+}
+
+func mapping(list []specs.LinuxIDMapping) string {
+	parts := make([]string, len(list))
+	for i, m := range list {
+		parts[i] = fmt.Sprintf("%d:%d:%d", m.ContainerID, m.HostID, m.Size)
+	}
+	return strings.Join(parts, ",")
+}
+
+// SupportsIDMapping says whether PrepareRootfs takes UIDs and GIDs with the
+// default snapshotter. The first call probes the kernel.
+func (s *Store) SupportsIDMapping() bool {
+	if s.o.Snapshotter != snapshotterOverlay {
+		return false
+	}
+	ok, err := s.idmap()
+	return err == nil && ok
+}
+
+func withVolatile(mounts []mount.Mount, volatile bool) []mount.Mount {
+	if volatile {
+		for i := range mounts {
+			if mounts[i].Type == "overlay" {
+				mounts[i].Options = append(slices.Clip(mounts[i].Options), "volatile")
+			}
+		}
+	}
+	return mounts
+}
+
+// RootfsMounts returns the mounts of an existing root file system or view.
+func (s *Store) RootfsMounts(ctx context.Context, key string) ([]mount.Mount, error) {
+	r, sn, err := s.existing(key)
+	if err != nil {
+		return nil, err
+	}
+	mounts, err := sn.Mounts(s.within(ctx), key)
+	if err != nil {
+		return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
+	}
+	return withVolatile(mounts, r.volatile), nil
+}
+
+func (s *Store) existing(key string) (root, snapshots.Snapshotter, error) {
+	r, ok := s.roots.get(key)
+	if !ok {
+		return root{}, nil, fmt.Errorf("root file system %s: %w", quoted(key), errdefs.ErrNotFound)
+	}
+	return r, s.snapshotters[r.snapshotter], nil
+}
+
+// RemoveRootfs removes a root file system or view; one that does not exist is
+// fine. The caller has unmounted it. Its disk space is freed soon after.
+func (s *Store) RemoveRootfs(ctx context.Context, key string) error {
+	_, sn, err := s.existing(key)
+	if err != nil {
+		return nil
+	}
+	if err := sn.Remove(s.within(ctx), key); err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("remove root file system %s: %w", quoted(key), err)
+	}
+	s.roots.delete(key)
+	s.usage.forget(key)
+	s.gc.kick()
+	return nil
+}
+
+// Rootfs lists the keys of all root file systems and views.
+func (s *Store) Rootfs(context.Context) ([]string, error) {
+	s.roots.mu.Lock()
+	defer s.roots.mu.Unlock()
+	keys := make([]string, 0, len(s.roots.byKey))
+	for k := range s.roots.byKey {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	return keys, nil
+}

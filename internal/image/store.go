@@ -1,0 +1,300 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/content"
+	"github.com/containerd/containerd/v2/core/images"
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/metadata"
+	"github.com/containerd/containerd/v2/core/metadata/boltutil"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/containerd/v2/plugins/content/local"
+	"github.com/containerd/containerd/v2/plugins/snapshots/native"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
+	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+	bolt "go.etcd.io/bbolt"
+)
+
+const (
+	namespace = "k8s.io"
+
+	snapshotterOverlay = "overlayfs"
+	snapshotterNative  = "native"
+
+	// Labels of image records, as containerd's CRI server writes them.
+	labelManaged     = "io.cri-containerd.image"
+	labelManagedYes  = "managed"
+	labelPinned      = "io.cri-containerd.pinned"
+	labelPinnedYes   = "pinned"
+	labelPlatform    = "cloister.dev/platform"
+	defaultHostsPath = "/etc/containerd/certs.d:/etc/docker/certs.d"
+
+	lockTimeout = 10 * time.Second
+)
+
+// Store is the image store of one daemon. Open makes it, Close ends it; all
+// other methods may be called from any number of goroutines.
+type Store struct {
+	o   Options
+	log *slog.Logger
+
+	bolt         *bolt.DB
+	db           *metadata.DB
+	content      content.Store
+	images       images.Store
+	leases       leases.Manager
+	snapshotters map[string]snapshots.Snapshotter
+	closers      []io.Closer
+
+	records sync.Mutex
+	index   *index
+	flights flights
+	blobs   keyedLock
+	roots   roots
+	usage   usageCache
+	gc      collector
+	idmap   func() (bool, error)
+
+	// ctx ends with Close; it carries the namespace and the logger.
+	ctx    context.Context
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+}
+
+// Open takes up the store below o.Root, or makes it. What an interrupted pull
+// left behind is put aside for its resumption, or collected, in the background.
+func Open(ctx context.Context, o Options) (_ *Store, err error) {
+	if o.Root == "" {
+		return nil, fmt.Errorf("image store: no root directory: %w", errdefs.ErrInvalidArgument)
+	}
+	s := &Store{o: withDefaults(o), index: newIndex(o.Pinned)}
+	s.log = s.o.Log
+	s.idmap = sync.OnceValues(overlayutils.SupportsIDMappedMounts)
+	s.ctx, s.cancel = context.WithCancel(namespaces.WithNamespace(log.WithLogger(context.Background(), forwardLog(s.log)), namespace))
+	defer func() {
+		if err != nil {
+			err = errors.Join(fmt.Errorf("open image store %s: %w", o.Root, err), s.Close())
+		}
+	}()
+	if err := os.MkdirAll(o.Root, 0o700); err != nil {
+		return nil, err
+	}
+	if err := s.openSnapshotters(); err != nil {
+		return nil, err
+	}
+	if err := s.openMetadata(); err != nil {
+		return nil, err
+	}
+	if err := s.loadIndex(s.within(ctx)); err != nil {
+		return nil, err
+	}
+	if err := s.loadRoots(s.within(ctx)); err != nil {
+		return nil, err
+	}
+	if err := s.adoptLeases(s.within(ctx)); err != nil {
+		return nil, err
+	}
+	s.gc.start(s)
+	return s, nil
+}
+
+func withDefaults(o Options) Options {
+	if o.Snapshotter == "" {
+		o.Snapshotter = snapshotterOverlay
+	}
+	if o.ConfigPath == "" {
+		o.ConfigPath = defaultHostsPath
+	}
+	if o.MaxConcurrentDownloads <= 0 {
+		o.MaxConcurrentDownloads = 3
+	}
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	return o
+}
+
+// Close cancels pulls, waits for them, and closes the databases.
+func (s *Store) Close() error {
+	s.cancel()
+	s.wg.Wait()
+	var errs []error
+	for _, c := range slices.Backward(s.closers) {
+		errs = append(errs, c.Close())
+	}
+	s.closers = nil
+	return errors.Join(errs...)
+}
+
+// within returns ctx with the namespace and the logger that containerd's
+// libraries look for.
+func (s *Store) within(ctx context.Context) context.Context {
+	return namespaces.WithNamespace(log.WithLogger(ctx, log.G(s.ctx)), namespace)
+}
+
+func (s *Store) openSnapshotters() error {
+	s.snapshotters = make(map[string]snapshots.Snapshotter)
+	if s.o.Snapshotter != snapshotterOverlay && s.o.Snapshotter != snapshotterNative {
+		return fmt.Errorf("unknown snapshotter %q, choose %q or %q: %w", s.o.Snapshotter, snapshotterOverlay, snapshotterNative, errdefs.ErrInvalidArgument)
+	}
+	root := s.snapshotDir(snapshotterOverlay)
+	if err := os.MkdirAll(root, 0o700); err != nil {
+		return err
+	}
+	// Only the full check, with a mount, says whether overlayfs works here; it
+	// is worth its millisecond when overlayfs is to be used.
+	if err := overlayutils.Supported(root); err == nil {
+		sn, err := overlay.NewSnapshotter(root, overlay.AsynchronousRemove, overlay.WithRemapIDs)
+		if err != nil {
+			return fmt.Errorf("overlayfs snapshotter: %w", err)
+		}
+		s.snapshotters[snapshotterOverlay] = sn
+		s.closers = append(s.closers, sn)
+	} else if s.o.Snapshotter == snapshotterOverlay {
+		return fmt.Errorf("overlayfs does not work below %s, choose another root or the snapshotter %q: %w: %w", root, snapshotterNative, err, errdefs.ErrFailedPrecondition)
+	}
+	sn, err := native.NewSnapshotter(s.snapshotDir(snapshotterNative))
+	if err != nil {
+		return fmt.Errorf("native snapshotter: %w", err)
+	}
+	s.snapshotters[snapshotterNative] = sn
+	s.closers = append(s.closers, sn)
+	return nil
+}
+
+func (s *Store) snapshotDir(snapshotter string) string {
+	return filepath.Join(s.o.Root, "snapshots", snapshotter)
+}
+
+func (s *Store) contentDir() string { return filepath.Join(s.o.Root, "content") }
+
+func (s *Store) openMetadata() error {
+	cs, err := local.NewStore(s.contentDir())
+	if err != nil {
+		return fmt.Errorf("content store: %w", err)
+	}
+	path := filepath.Join(s.o.Root, "meta.db")
+	s.bolt, err = bolt.Open(path, 0o600, &bolt.Options{
+		Timeout:        lockTimeout,
+		NoFreelistSync: true,
+		FreelistType:   bolt.FreelistMapType,
+		NoStatistics:   true,
+	})
+	if err != nil {
+		return fmt.Errorf("open %s (another daemon on the same root?): %w", path, err)
+	}
+	s.db = metadata.NewDB(s.bolt, cs, s.snapshotters)
+	s.closers = append(s.closers, s.db)
+	if err := s.db.Init(s.ctx); err != nil {
+		return fmt.Errorf("initialise %s: %w", path, err)
+	}
+	s.content = s.db.ContentStore()
+	s.images = metadata.NewImageStore(s.db)
+	s.leases = metadata.NewLeaseManager(s.db)
+	s.snapshotters = s.db.Snapshotters()
+	return nil
+}
+
+// update runs fn in one transaction of the metadata database: all stores that
+// are called with the context it gets take part.
+func (s *Store) update(ctx context.Context, fn func(context.Context) error) error {
+	return s.db.Update(func(tx *bolt.Tx) error {
+		return fn(boltutil.WithTransaction(ctx, tx))
+	})
+}
+
+func (s *Store) snapshotter(name string) (string, snapshots.Snapshotter, error) {
+	if name == "" {
+		name = s.o.Snapshotter
+	}
+	sn, ok := s.snapshotters[name]
+	if !ok {
+		return "", nil, fmt.Errorf("no snapshotter %s on this node: %w", quoted(name), errdefs.ErrInvalidArgument)
+	}
+	return name, sn, nil
+}
+
+// loadIndex reads all image records. A record whose manifest or configuration
+// is gone cannot be used and is dropped, so that the next pull starts afresh.
+func (s *Store) loadIndex(ctx context.Context) error {
+	records, err := s.images.List(ctx)
+	if err != nil {
+		return fmt.Errorf("list image records: %w", err)
+	}
+	type key struct{ digest, platform string }
+	seen := make(map[key]Image)
+	for _, r := range records {
+		k := key{r.Target.Digest.String(), r.Labels[labelPlatform]}
+		img, ok := seen[k]
+		if !ok {
+			img, err = s.describe(ctx, r.Target, k.platform)
+			if errdefs.IsNotFound(err) {
+				s.log.Warn("dropping an image record whose content is gone", "name", r.Name, "error", err)
+				if err := s.images.Delete(ctx, r.Name); err != nil && !errdefs.IsNotFound(err) {
+					return fmt.Errorf("drop image record %q: %w", r.Name, err)
+				}
+				continue
+			}
+			if err != nil {
+				s.log.Warn("image record is not usable", "name", r.Name, "error", err)
+				continue
+			}
+			seen[k] = img
+		}
+		if isID(r.Name) && r.Name != img.ID {
+			continue
+		}
+		s.index.put(img, r.Labels[labelPinned] == labelPinnedYes, r.Name)
+	}
+	return nil
+}
+
+// Get finds an image by ID, by an unambiguous beginning of its ID, or by name.
+// It answers from memory.
+func (s *Store) Get(refOrID string) (Image, error) { return s.index.get(refOrID) }
+
+// List returns all images, ordered by ID. It answers from memory.
+func (s *Store) List() []Image { return s.index.list() }
+
+// Remove forgets the image that refOrID names, with all its names. Content and
+// snapshots that nothing else uses are freed soon after.
+func (s *Store) Remove(ctx context.Context, refOrID string) error {
+	s.records.Lock()
+	defer s.records.Unlock()
+	img, err := s.index.get(refOrID)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	names := s.index.records(img.ID)
+	err = s.update(s.within(ctx), func(ctx context.Context) error {
+		for _, name := range names {
+			if err := s.images.Delete(ctx, name); err != nil && !errdefs.IsNotFound(err) {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("remove image %s: %w", img.ID, err)
+	}
+	s.index.remove(img.ID)
+	s.gc.kick()
+	s.log.Info("image removed", "image", img.ID, "names", names)
+	return nil
+}

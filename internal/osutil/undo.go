@@ -1,0 +1,53 @@
+// Package osutil holds the few things that Cloister needs of the operating
+// system and the standard library lacks. It is a leaf: it imports nothing of
+// the project.
+package osutil
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// Undo is the list of steps that take a half-made thing down again, newest
+// first. A creation adds a step right after each act, and calls Release when
+// the whole is made.
+//
+//	var undo osutil.Undo
+//	defer undo.Run(ctx, &err)
+type Undo struct {
+	steps []undoStep
+}
+
+type undoStep struct {
+	what string
+	do   func(context.Context) error
+}
+
+// undoTime bounds the whole list: the caller's context may be dead by then.
+const undoTime = 30 * time.Second
+
+// Add appends a step; what names it in errors ("unmount shm").
+func (u *Undo) Add(what string, do func(context.Context) error) {
+	u.steps = append(u.steps, undoStep{what, do})
+}
+
+// Release forgets all steps: the thing is made.
+func (u *Undo) Release() { u.steps = nil }
+
+// Run executes the steps when *err is set, newest first, and joins their
+// errors to it. All steps run, whatever fails, even when ctx is cancelled.
+func (u *Undo) Run(ctx context.Context, err *error) {
+	if *err == nil || len(u.steps) == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+	defer cancel()
+	for i := len(u.steps) - 1; i >= 0; i-- {
+		if e := u.steps[i].do(ctx); e != nil {
+			*err = errors.Join(*err, fmt.Errorf("undo: %s: %w", u.steps[i].what, e))
+		}
+	}
+	u.steps = nil
+}

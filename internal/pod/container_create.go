@@ -1,0 +1,225 @@
+package pod
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"cloister.dev/internal/image"
+	"cloister.dev/internal/oci"
+	"cloister.dev/internal/osutil"
+)
+
+// CreateContainer makes a container in the sandbox and gives its id: root file
+// system, volumes and specification, no process yet. When the caller gives up
+// the work goes on, and a repeat with the same configuration gets its result.
+func (s *Service) CreateContainer(ctx context.Context, sandboxID string, cfg *runtimeapi.ContainerConfig, sandboxCfg *runtimeapi.PodSandboxConfig) (string, error) {
+	sb, err := s.index.sandbox(sandboxID)
+	if err != nil {
+		return "", err
+	}
+	pod := sb.get()
+	if pod.State != runtimeapi.PodSandboxState_SANDBOX_READY {
+		return "", fmt.Errorf("pod sandbox %.13s is not ready (it was stopped), run a new one: %w", pod.ID, errdefs.ErrFailedPrecondition)
+	}
+	if sb.handler == nil {
+		return "", fmt.Errorf("handler %q of pod sandbox %.13s is not configured any more: %w", pod.Handler, pod.ID, errdefs.ErrFailedPrecondition)
+	}
+	if err := oci.ValidateContainer(cfg, pod.Config, s.o.Node); err != nil {
+		return "", err
+	}
+	img, err := s.o.Images.Get(cfg.GetImage().GetImage())
+	if err != nil {
+		return "", fmt.Errorf("image of container %q: %w", cfg.Metadata.Name, err)
+	}
+	hash, err := hashOf(cfg)
+	if err != nil {
+		return "", err
+	}
+	return s.create(ctx, "container", containerName(pod.ID, cfg.Metadata), hash, func(ctx context.Context, id string, stage func(string)) error {
+		return s.makeContainer(ctx, sb, img, s.newContainer(sb, id, hash, cfg, img), stage)
+	})
+}
+
+func (s *Service) newContainer(sb *sandbox, id, hash string, cfg *runtimeapi.ContainerConfig, img image.Image) *container {
+	pod := sb.get()
+	c := &container{op: newOpLock(), handler: sb.handler, ended: make(chan struct{}), deleted: make(chan struct{})}
+	c.rec = containerRecord{
+		Name: containerName(pod.ID, cfg.Metadata), Hash: hash, Phase: creating,
+		Container: Container{
+			ID: id, SandboxID: pod.ID, Config: cfg, ImageID: img.ID, State: runtimeapi.ContainerState_CONTAINER_CREATED,
+			CreatedAt: time.Now(), Handler: pod.Handler, Bundle: s.containerDir(id), Mounts: cfg.Mounts,
+			Resources: &runtimeapi.ContainerResources{Linux: cfg.GetLinux().GetResources()},
+		},
+	}
+	snap := c.rec.Container
+	c.snap.Store(&snap)
+	return c
+}
+
+func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Image, c *container, stage func(string)) (err error) {
+	id := c.rec.ID
+	var undo osutil.Undo
+	defer undo.Run(ctx, &err)
+
+	logPath, err := oci.LogPath(c.rec.Config, sb.rec.Config)
+	if err != nil {
+		return err
+	}
+	if err := s.changeContainer(c, func(r *containerRecord) { r.LogPath = logPath }); err != nil {
+		return err
+	}
+	undo.Add("delete record", func(context.Context) error { return s.store.delete(containerBucket, id) })
+	undo.Add("release files", func(ctx context.Context) error { return s.releaseFiles(ctx, c) })
+
+	stage("making the root file system")
+	rootfs, err := s.makeRootfs(ctx, sb, c, img)
+	if err != nil {
+		return err
+	}
+	stage("preparing volumes")
+	in := s.specInput(sb, c, img, rootfs)
+	if in.Volumes, err = s.makeVolumes(c, img, rootfs); err != nil {
+		return err
+	}
+	if in.ImageVolumes, err = s.makeImageVolumes(ctx, c); err != nil {
+		return err
+	}
+	if in.Config, err = prepareMounts(c.rec.Config); err != nil {
+		return err
+	}
+	stage("writing the specification")
+	res, err := oci.Container(in)
+	if err != nil {
+		return err
+	}
+	for _, w := range res.Warnings {
+		s.log.Warn("container is not all that was asked for", "container", id, "reason", w)
+	}
+	if err := relabel(res); err != nil {
+		return err
+	}
+	spec, err := json.Marshal(res.Spec)
+	if err != nil {
+		return fmt.Errorf("encode the specification: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(c.rec.Bundle, "config.json"), spec, 0o600); err != nil {
+		return fmt.Errorf("write the specification: %w", err)
+	}
+	s.index.addContainer(c)
+	undo.Add("forget the container", func(context.Context) error { s.index.dropContainer(id); return nil })
+	err = s.changeContainer(c, func(r *containerRecord) {
+		r.Phase, r.User, r.StopSignal, r.Signal = ready, res.User, oci.CRISignal(res.StopSignal), res.StopSignal
+	})
+	if err != nil {
+		return err
+	}
+	if sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
+		return fmt.Errorf("pod sandbox %.13s was stopped meanwhile: %w", sb.rec.ID, errdefs.ErrFailedPrecondition)
+	}
+	undo.Release()
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, id, sb.rec.ID)
+	return nil
+}
+
+// makeRootfs prepares and mounts the container's root file system in its
+// bundle, where the specification's user is looked up and the OCI runtime
+// finds it.
+func (s *Service) makeRootfs(ctx context.Context, sb *sandbox, c *container, img image.Image) (string, error) {
+	rootfs := filepath.Join(c.rec.Bundle, "rootfs")
+	for _, d := range []string{c.rec.Bundle, rootfs} {
+		if err := os.Mkdir(d, 0o711); err != nil {
+			return "", fmt.Errorf("make the container's bundle: %w", err)
+		}
+	}
+	o := image.RootfsOptions{Snapshotter: sb.handler.Runtime.Snapshotter, Volatile: true,
+		UIDs: imageMappings(sb.rec.UIDs), GIDs: imageMappings(sb.rec.GIDs)}
+	mounts, err := s.o.Images.PrepareRootfs(ctx, c.rec.ID, img, o)
+	if err != nil {
+		return "", fmt.Errorf("root file system of container %q from image %s: %w", c.rec.Config.Metadata.Name, img.ID, err)
+	}
+	if err := mount.All(mounts, rootfs); err != nil {
+		return "", fmt.Errorf("mount the root file system: %w", err)
+	}
+	return rootfs, nil
+}
+
+func (s *Service) specInput(sb *sandbox, c *container, img image.Image, rootfs string) oci.Input {
+	dir := s.podDir(sb.rec.ID)
+	f := sb.handler.Supports()
+	rt := sb.handler.Runtime
+	in := oci.Input{
+		ID: c.rec.ID, SandboxID: sb.rec.ID, Sandbox: sb.get().Config, Config: c.rec.Config,
+		Image: img.Config, ImageName: imageName(c.rec.Config), Rootfs: rootfs, Node: s.o.Node,
+		Namespaces: s.containerNamespaces(sb, c),
+		Files: oci.Files{ResolvConf: filepath.Join(dir, "resolv.conf"), Hostname: filepath.Join(dir, "hostname"),
+			Hosts: filepath.Join(dir, "hosts"), Shm: filepath.Join(dir, "shm")},
+		Handler: oci.Handler{Name: sb.handler.Name, OCIVersion: f.OCIVersion, SystemdCgroup: rt.SystemdCgroup,
+			RecursiveReadOnly: f.RecursiveReadOnly, IDMappedMounts: f.IDMappedMounts,
+			PrivilegedWithoutHostDevices: rt.NoHostDevices, PrivilegedAllDevices: rt.AllDevices, CgroupWritable: rt.CgroupWritable, PodAnnotations: rt.PodAnnotations,
+			ContainerAnnotations: rt.CtrAnnotations, BaseSpec: rt.BaseSpec},
+	}
+	if in.Namespaces.IPC == "" {
+		in.Files.Shm = "/dev/shm"
+	}
+	return in
+}
+
+func (s *Service) containerNamespaces(sb *sandbox, c *container) oci.Namespaces {
+	n := sandboxNamespaces(s.podDir(sb.rec.ID), sb)
+	o := c.rec.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	var ns oci.Namespaces
+	if n.net {
+		ns.Net = n.path("net")
+	}
+	if n.ipc {
+		ns.IPC = n.path("ipc")
+	}
+	if n.uts {
+		ns.UTS = n.path("uts")
+	}
+	if n.user {
+		ns.User = n.path("user")
+		u := userNamespace(sb.rec.Config)
+		ns.UIDs, ns.GIDs = u.Uids, u.Gids
+	}
+	switch o.GetPid() {
+	case runtimeapi.NamespaceMode_POD:
+		if pid := sb.get().Pid; pid != 0 {
+			ns.PID = fmt.Sprintf("/proc/%d/ns/pid", pid)
+		} else {
+			ns.PrivatePID = true
+		}
+	case runtimeapi.NamespaceMode_CONTAINER:
+		ns.PrivatePID = true
+	case runtimeapi.NamespaceMode_TARGET:
+		if t, err := s.index.container(o.GetTargetId()); err == nil {
+			ns.PID = fmt.Sprintf("/proc/%d/ns/pid", t.get().Pid)
+		}
+	}
+	return ns
+}
+
+// imageName is how the client called the image, for annotations and status.
+func imageName(cfg *runtimeapi.ContainerConfig) string {
+	if n := cfg.GetImage().GetUserSpecifiedImage(); n != "" {
+		return n
+	}
+	return cfg.GetImage().GetImage()
+}
+
+func imageMappings(ms []idMapping) []specs.LinuxIDMapping {
+	var out []specs.LinuxIDMapping
+	for _, m := range ms {
+		out = append(out, specs.LinuxIDMapping{ContainerID: m.Container, HostID: m.Host, Size: m.Length})
+	}
+	return out
+}

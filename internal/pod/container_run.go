@@ -1,0 +1,267 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"cloister.dev/internal/oci"
+	"cloister.dev/internal/shim"
+)
+
+// StartContainer runs a created container.
+func (s *Service) StartContainer(ctx context.Context, id string) error {
+	c, err := s.index.container(id)
+	if err != nil {
+		return err
+	}
+	if err := c.op.lock(ctx); err != nil {
+		return err
+	}
+	defer c.op.unlock()
+	if p := c.phase(); p != ready {
+		return fmt.Errorf("container %.13s is %s, only a created one can be started: %w", c.rec.ID, p.containerState(), errdefs.ErrFailedPrecondition)
+	}
+	sb, err := s.index.sandbox(c.rec.SandboxID)
+	if err != nil {
+		return err
+	}
+	if sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
+		return fmt.Errorf("pod sandbox %.13s of container %.13s is not ready: %w", c.rec.SandboxID, c.rec.ID, errdefs.ErrFailedPrecondition)
+	}
+	// A start that the client gave up on is not undone: it either completes
+	// or fails, and the container's status tells which.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), createTime)
+	defer cancel()
+	return s.startContainer(ctx, sb, c)
+}
+
+func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container) error {
+	if c.rec.LogPath != "" {
+		if err := os.MkdirAll(filepath.Dir(c.rec.LogPath), 0o755); err != nil {
+			return fmt.Errorf("make the log folder: %w", err)
+		}
+	}
+	cfg := c.rec.Config
+	pid, err := c.task(s).Start(ctx, shim.TaskRequest{
+		Bundle: c.rec.Bundle, Terminal: cfg.Tty, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,
+		LogPath: c.rec.LogPath, LogMaxLine: s.o.LogMaxLine,
+		IOUid: rootOf(sb.rec.UIDs), IOGid: rootOf(sb.rec.GIDs),
+	})
+	if err != nil {
+		return errors.Join(fmt.Errorf("start container %q: %w", cfg.Metadata.Name, err), s.noteFailedStart(c, err))
+	}
+	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase, r.Pid, r.StartedAt = running, pid, time.Now() }); err != nil {
+		return err
+	}
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, c.rec.ID, c.rec.SandboxID)
+	s.watch(c)
+	return nil
+}
+
+// startErrorCode is the exit code of a container whose process never came to
+// be, as containerd and docker report it.
+const startErrorCode = 128
+
+func (s *Service) noteFailedStart(c *container, cause error) error {
+	err := s.changeContainer(c, func(r *containerRecord) {
+		r.Phase, r.ExitCode, r.Reason, r.Message = exited, startErrorCode, "StartError", cause.Error()
+		r.StartedAt, r.FinishedAt = time.Unix(0, 0), time.Now()
+	})
+	close(c.ended)
+	close(c.deleted)
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT, c.rec.ID, c.rec.SandboxID)
+	return err
+}
+
+// watch waits for the container's end and notes it. It is called once for
+// each running container, at its start or by the recovery.
+func (s *Service) watch(c *container) {
+	s.work.Go(func() {
+		for pause := 50 * time.Millisecond; ; pause = min(2*pause, 10*time.Second) {
+			exit, err := c.task(s).Wait(s.ctx)
+			if s.ctx.Err() != nil {
+				return
+			}
+			if errdefs.IsNotFound(err) {
+				exit, err = shim.Exit{Status: 255, At: time.Now(), Unknown: true}, nil
+			}
+			if err == nil {
+				err = s.noteExit(c, exit)
+			}
+			if err == nil {
+				break
+			}
+			s.log.Warn("cannot learn of a container's end, trying again", "container", c.get().ID, "in", pause, "err", err)
+			select {
+			case <-s.ctx.Done():
+				return
+			case <-time.After(pause):
+			}
+		}
+		s.deleteTask(c)
+	})
+}
+
+func (s *Service) noteExit(c *container, e shim.Exit) error {
+	err := s.changeContainer(c, func(r *containerRecord) {
+		r.Phase, r.Pid, r.ExitCode, r.FinishedAt = exited, 0, int32(e.Status), e.At
+		switch {
+		case e.Unknown:
+			r.Reason, r.Message = "Unknown", "the container ended while neither its shim nor the keeper was there to learn its status"
+		case e.OOM:
+			r.Reason = "OOMKilled"
+		case e.Status == 0:
+			r.Reason = "Completed"
+		default:
+			r.Reason = "Error"
+		}
+		if r.FinishedAt.IsZero() || r.FinishedAt.Unix() <= 0 {
+			r.FinishedAt = time.Now()
+		}
+	})
+	if err != nil {
+		return err
+	}
+	close(c.ended)
+	v := c.get()
+	s.log.Info("container ended", "container", v.ID, "status", v.ExitCode, "reason", v.Reason)
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT, v.ID, v.SandboxID)
+	return nil
+}
+
+// deleteTask takes the ended container off its shim, as soon as it has ended,
+// so that its cgroup goes.
+func (s *Service) deleteTask(c *container) {
+	defer close(c.deleted)
+	ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
+	defer cancel()
+	if err := c.task(s).Delete(ctx); err != nil {
+		s.log.Warn("delete an ended container on its shim", "container", c.get().ID, "err", err)
+	}
+}
+
+// killTime bounds the wait for a container's end after SIGKILL.
+const killTime = 2 * time.Minute
+
+// StopContainer sends the container's stop signal, and SIGKILL after the
+// timeout. An absent or ended container is success. A second call with a
+// shorter timeout shortens the wait.
+func (s *Service) StopContainer(ctx context.Context, id string, timeout time.Duration) error {
+	c, err := s.index.container(id)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return s.stopContainer(ctx, c, timeout)
+}
+
+func (s *Service) stopContainer(ctx context.Context, c *container, timeout time.Duration) error {
+	// A start on its way must first tell whether there is anything to stop.
+	if err := c.op.lock(ctx); err != nil {
+		return err
+	}
+	p := c.phase()
+	if p == ready {
+		// Never started: from now on it cannot be.
+		err := s.changeContainer(c, func(r *containerRecord) {
+			r.Phase, r.ExitCode, r.Reason, r.FinishedAt = exited, 0, "Completed", time.Now()
+		})
+		if err == nil {
+			close(c.ended)
+			close(c.deleted)
+		}
+		c.op.unlock()
+		return err
+	}
+	c.op.unlock()
+	if p != running {
+		return nil
+	}
+	t := c.task(s)
+	if timeout > 0 {
+		signal, err := oci.ParseSignal(c.rec.Signal)
+		if err != nil {
+			return err
+		}
+		if err := t.Kill(ctx, signal, false); err != nil {
+			return fmt.Errorf("signal container %.13s: %w", c.rec.ID, err)
+		}
+		wait, cancel := context.WithTimeout(ctx, timeout)
+		defer cancel()
+		select {
+		case <-c.ended:
+			return nil
+		case <-wait.Done():
+		}
+		if ctx.Err() != nil {
+			return fmt.Errorf("wait for container %.13s to stop: %w", c.rec.ID, ctx.Err())
+		}
+	}
+	if err := t.Kill(ctx, syscall.SIGKILL, true); err != nil {
+		return fmt.Errorf("kill container %.13s: %w", c.rec.ID, err)
+	}
+	wait, cancel := context.WithTimeout(ctx, killTime)
+	defer cancel()
+	select {
+	case <-c.ended:
+		return nil
+	case <-wait.Done():
+		return fmt.Errorf("container %.13s does not end after SIGKILL (a process in uninterruptible sleep?): %w", c.rec.ID, wait.Err())
+	}
+}
+
+// RemoveContainer removes a container, killing it when it runs. It may be
+// repeated; an absent container is success.
+func (s *Service) RemoveContainer(ctx context.Context, id string) error {
+	c, err := s.index.container(id)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := s.stopContainer(ctx, c, 0); err != nil {
+		return err
+	}
+	if err := c.op.lock(ctx); err != nil {
+		return err
+	}
+	defer c.op.unlock()
+	if _, err := s.index.container(c.rec.ID); errdefs.IsNotFound(err) {
+		return nil
+	}
+	select {
+	case <-c.deleted:
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the shim to let go of container %.13s: %w", c.rec.ID, ctx.Err())
+	}
+	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase = removing }); err != nil {
+		return err
+	}
+	if err := s.releaseFiles(ctx, c); err != nil {
+		return err
+	}
+	return s.dropContainer(c)
+}
+
+func (s *Service) dropContainer(c *container) error {
+	v := c.get()
+	if err := s.store.delete(containerBucket, v.ID); err != nil {
+		return err
+	}
+	s.index.dropContainer(v.ID)
+	s.attempts.release(c.rec.Name, v.ID)
+	s.stats.forgetContainer(v.ID)
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, v.ID, v.SandboxID)
+	return nil
+}

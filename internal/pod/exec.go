@@ -1,0 +1,299 @@
+package pod
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"cloister.dev/internal/oci"
+	"cloister.dev/internal/shim"
+)
+
+const (
+	// execSyncMax is how much of each stream of an ExecSync is kept, in bytes.
+	execSyncMax = 16 << 20
+	// drainTime bounds the wait for output after an exec'd process ended: a
+	// child of it may hold the stream open for ever.
+	drainTime = 10 * time.Second
+	// shimTime bounds calls that clean up after an exec.
+	shimTime = 30 * time.Second
+)
+
+func (s *Service) runningContainer(id string) (*container, error) {
+	c, err := s.index.container(id)
+	if err != nil {
+		return nil, err
+	}
+	if p := c.phase(); p != running {
+		return nil, fmt.Errorf("container %.13s is %s, it must run: %w", c.rec.ID, p.containerState(), errdefs.ErrFailedPrecondition)
+	}
+	return c, nil
+}
+
+// started is one process started in a container, with its streams.
+type started struct {
+	exec  shim.Exec
+	fifos *fifos
+}
+
+// startExec starts cmd in the container. The caller ends it with finish.
+func (s *Service) startExec(ctx context.Context, c *container, cmd []string, in, out, errs, tty bool) (_ *started, err error) {
+	var spec specs.Spec
+	data, err := os.ReadFile(filepath.Join(c.rec.Bundle, "config.json"))
+	if err == nil {
+		err = json.Unmarshal(data, &spec)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the container's specification: %w", err)
+	}
+	p, err := oci.Exec(&spec, filepath.Join(c.rec.Bundle, "rootfs"), cmd, tty)
+	if err != nil {
+		return nil, err
+	}
+	id := newID()[:16]
+	f, err := newFifos(filepath.Join(c.rec.Bundle, "exec", id), in, out, errs)
+	if err != nil {
+		return nil, err
+	}
+	st := &started{exec: c.task(s).Exec(id), fifos: f}
+	fin, fout, ferr := f.paths()
+	if err := st.exec.Start(ctx, p, fin, fout, ferr); err != nil {
+		st.finish(ctx)
+		return nil, fmt.Errorf("exec in container %q: %w", c.rec.Config.Metadata.Name, err)
+	}
+	f.opened()
+	return st, nil
+}
+
+// finish forgets the process, killing it when it still runs.
+func (st *started) finish(ctx context.Context) {
+	st.fifos.close()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), shimTime)
+	defer cancel()
+	if err := st.exec.Delete(ctx); err != nil {
+		// It runs still: the client went away or its time is over.
+		if st.exec.Kill(ctx, syscall.SIGKILL) == nil {
+			if _, err := st.exec.Wait(ctx); err == nil {
+				st.exec.Delete(ctx)
+			}
+		}
+	}
+}
+
+// ExecSync runs cmd in the container and gives its output, at most 16 MiB of
+// each stream. When the timeout (0: none) ends first, the process is killed.
+func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout time.Duration) (*runtimeapi.ExecSyncResponse, error) {
+	c, err := s.runningContainer(id)
+	if err != nil {
+		return nil, err
+	}
+	if timeout > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, timeout)
+		defer cancel()
+	}
+	st, err := s.startExec(ctx, c, cmd, false, true, true, false)
+	if err != nil {
+		return nil, err
+	}
+	defer st.finish(ctx)
+	stdout, stderr := &limited{max: execSyncMax}, &limited{max: execSyncMax}
+	exit, err := s.runToEnd(ctx, st, stdout, stderr)
+	if err != nil {
+		if errors.Is(err, context.DeadlineExceeded) && timeout > 0 {
+			err = fmt.Errorf("command %.100q timed out after %v: %w", cmd, timeout, err)
+		}
+		return nil, err
+	}
+	return &runtimeapi.ExecSyncResponse{Stdout: stdout.data, Stderr: stderr.data, ExitCode: int32(exit.Status)}, nil
+}
+
+// runToEnd passes the outputs on until the process has ended and they are
+// delivered.
+func (s *Service) runToEnd(ctx context.Context, st *started, stdout, stderr io.Writer) (shim.Exit, error) {
+	copyCtx, stopCopy := context.WithCancel(ctx)
+	defer stopCopy()
+	var copied sync.WaitGroup
+	var copyErr error
+	copied.Go(func() { copyErr = st.fifos.copyOut(copyCtx, stdout, stderr) })
+	exit, err := st.exec.Wait(ctx)
+	if err != nil {
+		stopCopy()
+		copied.Wait()
+		return exit, err
+	}
+	drain := s.o.DrainExecSync
+	if drain <= 0 {
+		drain = drainTime
+	}
+	timer := time.AfterFunc(drain, stopCopy)
+	copied.Wait()
+	if !timer.Stop() {
+		s.log.Warn("output of an ended exec stayed open, cut off", "container", st.exec.ID, "after", drain)
+		return exit, nil
+	}
+	return exit, copyErr
+}
+
+// Exec runs cmd in the container with the client's streams.
+func (s *Service) Exec(ctx context.Context, id string, cmd []string, st Streams, tty bool, resize <-chan Size) (int32, error) {
+	c, err := s.runningContainer(id)
+	if err != nil {
+		return 0, err
+	}
+	p, err := s.startExec(ctx, c, cmd, st.In != nil, st.Out != nil, st.Err != nil && !tty, tty)
+	if err != nil {
+		return 0, err
+	}
+	defer p.finish(ctx)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	go followSize(ctx, p.exec, resize)
+	go feed(ctx, p.fifos.in, st.In, p.exec)
+	exit, err := s.runToEnd(ctx, p, st.Out, st.Err)
+	return int32(exit.Status), err
+}
+
+// Attach connects the client's streams to those of the container.
+func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, resize <-chan Size) error {
+	c, err := s.runningContainer(id)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(c.rec.Bundle, "attach", newID()[:16])
+	f, err := newFifos(dir, st.In != nil && c.rec.Config.Stdin, st.Out != nil, st.Err != nil && !c.rec.Config.Tty)
+	if err != nil {
+		return err
+	}
+	defer f.close()
+	t := c.task(s)
+	fin, fout, ferr := f.paths()
+	if err := t.Attach(ctx, fin, fout, ferr); err != nil {
+		return fmt.Errorf("attach to container %q: %w", c.rec.Config.Metadata.Name, err)
+	}
+	f.opened()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if tty {
+		go followSize(ctx, t.Exec(""), resize)
+	}
+	fed := make(chan struct{})
+	go func() {
+		defer close(fed)
+		if f.in != nil {
+			io.Copy(f.in, st.In)
+			f.in.Close()
+		}
+	}()
+	if st.Out == nil && st.Err == nil {
+		// Only input: the session lasts as long as the client or the container.
+		select {
+		case <-fed:
+		case <-c.ended:
+		case <-ctx.Done():
+		}
+		return nil
+	}
+	return f.copyOut(ctx, st.Out, st.Err)
+}
+
+// feed passes the client's input on; its end closes the process's input. It
+// ends with the client's stream, which the stream server closes.
+func feed(ctx context.Context, to *os.File, from io.Reader, e shim.Exec) {
+	if to == nil {
+		return
+	}
+	io.Copy(to, from)
+	to.Close()
+	// With nobody waiting for it, an unanswered call only leaves the input open.
+	_ = e.CloseStdin(ctx)
+}
+
+func followSize(ctx context.Context, e shim.Exec, resize <-chan Size) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case size, ok := <-resize:
+			if !ok {
+				return
+			}
+			if size.Width > 0 && size.Height > 0 {
+				_ = e.Resize(ctx, size.Width, size.Height) // the process may have ended
+			}
+		}
+	}
+}
+
+// PortForward connects conn to a port of the pod, on its loopback address.
+func (s *Service) PortForward(ctx context.Context, sandboxID string, port int32, conn io.ReadWriteCloser) error {
+	sb, err := s.index.sandbox(sandboxID)
+	if err != nil {
+		return err
+	}
+	v := sb.get()
+	if v.State != runtimeapi.PodSandboxState_SANDBOX_READY {
+		return fmt.Errorf("pod sandbox %.13s is not ready: %w", v.ID, errdefs.ErrFailedPrecondition)
+	}
+	peer, err := dialPod(ctx, v.NetNS, port)
+	if err != nil {
+		return fmt.Errorf("connect to port %d in pod %s: %w", port, sb.rec.Name, err)
+	}
+	defer peer.Close()
+	stop := context.AfterFunc(ctx, func() { peer.Close(); conn.Close() })
+	defer stop()
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		io.Copy(peer, conn)
+		if c, ok := peer.(*net.TCPConn); ok {
+			c.CloseWrite()
+		}
+	})
+	_, err = io.Copy(conn, peer)
+	conn.Close()
+	wg.Wait()
+	if errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.ECONNRESET) {
+		return nil
+	}
+	return err
+}
+
+// dialPod dials from inside the pod's network namespace; a socket stays in
+// the namespace that it was made in.
+func dialPod(ctx context.Context, netns string, port int32) (net.Conn, error) {
+	var c net.Conn
+	dial := func() error {
+		var errs []error
+		for _, host := range []string{"127.0.0.1", "::1"} {
+			var d net.Dialer
+			var err error
+			c, err = d.DialContext(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(int(port))))
+			if err == nil {
+				return nil
+			}
+			errs = append(errs, err)
+		}
+		return errors.Join(errs...)
+	}
+	run := func(f func() error) error { return f() }
+	if netns != "" {
+		run = func(f func() error) error { return inNetNS(netns, f) }
+	}
+	if err := run(dial); err != nil {
+		return nil, err
+	}
+	return c, nil
+}

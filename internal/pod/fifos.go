@@ -1,0 +1,145 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+)
+
+// fifos are the daemon's ends of the streams of an exec or an attach; the
+// process, or the shim, opens the other ends by path.
+type fifos struct {
+	dir     string
+	in      *os.File // nil: not wanted
+	out     *os.File
+	err     *os.File
+	writers []*os.File // keep the outputs from ending before the other side opened them
+	once    sync.Once
+}
+
+func newFifos(dir string, in, out, errs bool) (f *fifos, err error) {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, fmt.Errorf("make the folder of the streams: %w", err)
+	}
+	f = &fifos{dir: dir}
+	defer func() {
+		if err != nil {
+			f.close()
+		}
+	}()
+	if in {
+		// Read-write, so that opening does not wait for the reader.
+		if f.in, err = f.open("in", os.O_RDWR); err != nil {
+			return nil, err
+		}
+	}
+	for _, o := range []struct {
+		want bool
+		name string
+		end  **os.File
+	}{{out, "out", &f.out}, {errs, "err", &f.err}} {
+		if !o.want {
+			continue
+		}
+		if *o.end, err = f.open(o.name, os.O_RDONLY); err != nil {
+			return nil, err
+		}
+		w, err := os.OpenFile(f.path(o.name), os.O_WRONLY|syscall.O_NONBLOCK, 0)
+		if err != nil {
+			return nil, fmt.Errorf("open a stream: %w", err)
+		}
+		f.writers = append(f.writers, w)
+	}
+	return f, nil
+}
+
+func (f *fifos) open(name string, mode int) (*os.File, error) {
+	if err := syscall.Mkfifo(f.path(name), 0o600); err != nil {
+		return nil, fmt.Errorf("make a stream: %w", err)
+	}
+	file, err := os.OpenFile(f.path(name), mode|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open a stream: %w", err)
+	}
+	return file, nil
+}
+
+func (f *fifos) path(name string) string { return filepath.Join(f.dir, name) }
+
+// paths are what the other side is told; empty for streams not wanted.
+func (f *fifos) paths() (in, out, errs string) {
+	if f.in != nil {
+		in = f.path("in")
+	}
+	if f.out != nil {
+		out = f.path("out")
+	}
+	if f.err != nil {
+		errs = f.path("err")
+	}
+	return in, out, errs
+}
+
+// opened is called when the other side has opened its ends: from now on the
+// outputs end when it closes them.
+func (f *fifos) opened() {
+	for _, w := range f.writers {
+		w.Close()
+	}
+	f.writers = nil
+}
+
+func (f *fifos) close() {
+	f.once.Do(func() {
+		f.opened()
+		for _, file := range []*os.File{f.in, f.out, f.err} {
+			if file != nil {
+				file.Close()
+			}
+		}
+		os.RemoveAll(f.dir)
+	})
+}
+
+// copyOut passes the outputs on until they end or ctx does; a client that
+// takes no more ends it too.
+func (f *fifos) copyOut(ctx context.Context, out, errs io.Writer) error {
+	stop := context.AfterFunc(ctx, f.close)
+	defer stop()
+	var wg sync.WaitGroup
+	var problems [2]error
+	for i, c := range []struct {
+		from *os.File
+		to   io.Writer
+	}{{f.out, out}, {f.err, errs}} {
+		if c.from == nil {
+			continue
+		}
+		wg.Go(func() {
+			_, err := io.Copy(c.to, c.from)
+			if err != nil && !errors.Is(err, os.ErrClosed) {
+				problems[i] = err
+				f.close()
+			}
+		})
+	}
+	wg.Wait()
+	return errors.Join(problems[0], problems[1], ctx.Err())
+}
+
+// limited keeps the first max bytes and drops the rest.
+type limited struct {
+	data []byte
+	max  int
+}
+
+func (l *limited) Write(p []byte) (int, error) {
+	keep := min(len(p), l.max-len(l.data))
+	l.data = append(l.data, p[:keep]...)
+	return len(p), nil
+}

@@ -1,0 +1,238 @@
+package pod
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"sync/atomic"
+
+	"github.com/containerd/errdefs"
+
+	"cloister.dev/internal/shim"
+)
+
+// opLock admits one life-cycle operation at a time; unlike a mutex its waiters
+// can give up.
+type opLock chan struct{}
+
+func newOpLock() opLock { return make(opLock, 1) }
+
+func (l opLock) lock(ctx context.Context) error {
+	select {
+	case l <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case l <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the running operation on it: %w", ctx.Err())
+	}
+}
+
+func (l opLock) unlock() { <-l }
+
+// sandbox is a pod sandbox in memory.
+type sandbox struct {
+	op      opLock
+	handler *shim.Handler // nil when its handler is not configured any more
+
+	mu   sync.Mutex // guards rec while it is changed and stored
+	rec  sandboxRecord
+	snap atomic.Pointer[Sandbox]
+}
+
+// container is a container in memory.
+type container struct {
+	op      opLock
+	handler *shim.Handler
+
+	mu   sync.Mutex
+	rec  containerRecord
+	snap atomic.Pointer[Container]
+
+	ended   chan struct{} // closed when it has exited
+	deleted chan struct{} // closed when, after its exit, the shim has forgotten it
+}
+
+func (sb *sandbox) get() Sandbox    { return *sb.snap.Load() }
+func (c *container) get() Container { return *c.snap.Load() }
+
+func (c *container) task(s *Service) shim.Task {
+	v := c.get()
+	return c.handler.Task(v.ID, v.SandboxID, s.podDir(v.SandboxID))
+}
+
+// index finds sandboxes and containers by id.
+type index struct {
+	mu         sync.RWMutex // never held across I/O
+	sandboxes  map[string]*sandbox
+	containers map[string]*container
+}
+
+func (x *index) init() {
+	x.sandboxes, x.containers = map[string]*sandbox{}, map[string]*container{}
+}
+
+func (x *index) addSandbox(sb *sandbox) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.sandboxes[sb.rec.ID] = sb
+}
+
+func (x *index) addContainer(c *container) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.containers[c.rec.ID] = c
+}
+
+func (x *index) dropSandbox(id string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	delete(x.sandboxes, id)
+}
+
+func (x *index) dropContainer(id string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	delete(x.containers, id)
+}
+
+func (x *index) sandbox(id string) (*sandbox, error) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return find(x.sandboxes, id, "pod sandbox")
+}
+
+func (x *index) container(id string) (*container, error) {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	return find(x.containers, id, "container")
+}
+
+// find looks id up, or the one entry whose id starts with it.
+func find[E any](m map[string]*E, id, what string) (*E, error) {
+	if e := m[id]; e != nil {
+		return e, nil
+	}
+	var found *E
+	if id != "" && len(id) < idLength {
+		for k, e := range m {
+			if !strings.HasPrefix(k, id) {
+				continue
+			}
+			if found != nil {
+				return nil, fmt.Errorf("%s id %q is ambiguous, give more of it: %w", what, id, errdefs.ErrInvalidArgument)
+			}
+			found = e
+		}
+	}
+	if found == nil {
+		return nil, fmt.Errorf("%s %.80q: %w", what, id, errdefs.ErrNotFound)
+	}
+	return found, nil
+}
+
+func (x *index) allSandboxes() []*sandbox {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	all := make([]*sandbox, 0, len(x.sandboxes))
+	for _, sb := range x.sandboxes {
+		all = append(all, sb)
+	}
+	return all
+}
+
+func (x *index) allContainers() []*container {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	all := make([]*container, 0, len(x.containers))
+	for _, c := range x.containers {
+		all = append(all, c)
+	}
+	return all
+}
+
+// containersOf lists the containers of one sandbox.
+func (x *index) containersOf(sandboxID string) []*container {
+	var of []*container
+	for _, c := range x.allContainers() {
+		if c.get().SandboxID == sandboxID {
+			of = append(of, c)
+		}
+	}
+	return of
+}
+
+// Sandbox gives a sandbox by its id or an unambiguous beginning of it.
+func (s *Service) Sandbox(id string) (Sandbox, error) {
+	sb, err := s.index.sandbox(id)
+	if err != nil {
+		return Sandbox{}, err
+	}
+	return sb.get(), nil
+}
+
+// Sandboxes gives all sandboxes, in no order.
+func (s *Service) Sandboxes() []Sandbox {
+	entries := s.index.allSandboxes()
+	all := make([]Sandbox, 0, len(entries))
+	for _, sb := range entries {
+		all = append(all, sb.get())
+	}
+	return all
+}
+
+// Container gives a container by its id or an unambiguous beginning of it.
+func (s *Service) Container(id string) (Container, error) {
+	c, err := s.index.container(id)
+	if err != nil {
+		return Container{}, err
+	}
+	return c.get(), nil
+}
+
+// Containers gives all containers, in no order.
+func (s *Service) Containers() []Container {
+	entries := s.index.allContainers()
+	all := make([]Container, 0, len(entries))
+	for _, c := range entries {
+		all = append(all, c.get())
+	}
+	return all
+}
+
+// changeSandbox changes the record of a sandbox: on disk first, then for readers.
+func (s *Service) changeSandbox(sb *sandbox, change func(*sandboxRecord)) error {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	rec := sb.rec
+	change(&rec)
+	rec.State = rec.Phase.sandboxState()
+	if err := s.store.put(sandboxBucket, rec.ID, rec); err != nil {
+		return err
+	}
+	sb.rec = rec
+	snap := rec.Sandbox
+	sb.snap.Store(&snap)
+	return nil
+}
+
+// changeContainer changes the record of a container: on disk first, then for
+// readers.
+func (s *Service) changeContainer(c *container, change func(*containerRecord)) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	rec := c.rec
+	change(&rec)
+	rec.State = rec.Phase.containerState()
+	if err := s.store.put(containerBucket, rec.ID, rec); err != nil {
+		return err
+	}
+	c.rec = rec
+	snap := rec.Container
+	c.snap.Store(&snap)
+	return nil
+}

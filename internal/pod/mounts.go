@@ -1,0 +1,78 @@
+package pod
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+)
+
+// A sandbox's folder is a small tmpfs that carries everything of it that lives
+// until its end: the pinned namespaces, /dev/shm and the files under /etc. One
+// lazy unmount of it takes all the mounts inside with it, where an unmount for
+// each would wait for the kernel as many times.
+
+const (
+	folderSize = 4 << 20
+	shmSize    = 64 << 20
+)
+
+func mountFolder(dir string) error {
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return fmt.Errorf("make the sandbox's folder: %w", err)
+	}
+	opts := "mode=0711,size=" + strconv.Itoa(folderSize)
+	if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, opts); err != nil {
+		return fmt.Errorf("mount the sandbox's folder: %w", err)
+	}
+	return nil
+}
+
+// mountShm gives the sandbox a /dev/shm of its own, owned by the user that is
+// root inside.
+func mountShm(dir string, uid, gid uint32) error {
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return fmt.Errorf("make the folder of /dev/shm: %w", err)
+	}
+	opts := fmt.Sprintf("mode=1777,size=%d,uid=%d,gid=%d", shmSize, uid, gid)
+	if err := unix.Mount("shm", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, opts); err != nil {
+		return fmt.Errorf("mount /dev/shm: %w", err)
+	}
+	return nil
+}
+
+// unmountAll detaches every mount stacked at dir. Nothing mounted there, or no
+// such folder, is success.
+func unmountAll(dir string) error {
+	for {
+		err := unix.Unmount(dir, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("unmount %s: %w", dir, err)
+		}
+	}
+}
+
+// removeFolder unmounts dir and removes it with what it holds.
+func removeFolder(dir string) error {
+	if err := unmountAll(dir); err != nil {
+		return err
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return fmt.Errorf("remove %s: %w", dir, err)
+	}
+	return nil
+}
+
+// mounted tells whether dir is the root of a mount.
+func mounted(dir string) bool {
+	var self, parent unix.Stat_t
+	if unix.Lstat(dir, &self) != nil || unix.Lstat(dir+"/..", &parent) != nil {
+		return false
+	}
+	return self.Dev != parent.Dev
+}

@@ -1,0 +1,256 @@
+package pod
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/types/known/wrapperspb"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"cloister.dev/internal/network"
+	"cloister.dev/internal/oci"
+	"cloister.dev/internal/osutil"
+	"cloister.dev/internal/shim"
+)
+
+// RunSandbox makes a pod sandbox on the handler ("" is the default one) and
+// gives its id. When the caller gives up, the work goes on, and a repeat with
+// the same configuration gets its result.
+func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConfig, handler string) (string, error) {
+	if err := oci.ValidateSandbox(cfg, s.o.Node); err != nil {
+		return "", err
+	}
+	h, err := s.o.Shims.Handler(ctx, handler)
+	if err != nil {
+		return "", err
+	}
+	if userNamespace(cfg) != nil && !h.Supports().UserNamespaces {
+		return "", fmt.Errorf("handler %q cannot run pods in a user namespace (%s): %w", h.Name, h.Supports().Version, errdefs.ErrInvalidArgument)
+	}
+	hash, err := hashOf(cfg, wrapperspb.String(handler))
+	if err != nil {
+		return "", err
+	}
+	id, err := s.create(ctx, "pod sandbox", sandboxName(cfg.Metadata), hash, func(ctx context.Context, id string, stage func(string)) error {
+		return s.makeSandbox(ctx, s.newSandbox(id, hash, cfg, handler, h), stage)
+	})
+	if err != nil {
+		return "", err
+	}
+	if sb, err := s.index.sandbox(id); err != nil || sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
+		return "", fmt.Errorf("pod sandbox %s was made before as %.13s and is stopped; remove it or raise the attempt number: %w",
+			sandboxName(cfg.Metadata), id, errdefs.ErrAlreadyExists)
+	}
+	return id, nil
+}
+
+func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, handler string, h *shim.Handler) *sandbox {
+	sb := &sandbox{op: newOpLock(), handler: h}
+	ns := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	sb.rec = sandboxRecord{
+		Name: sandboxName(cfg.Metadata), Hash: hash, HandlerName: h.Name, Phase: creating,
+		Sysctls:  oci.Sysctls(cfg, s.o.Node),
+		SharePID: ns.GetPid() == runtimeapi.NamespaceMode_POD,
+		Sandbox: Sandbox{
+			ID: id, Config: cfg, Handler: handler, CreatedAt: time.Now(), State: runtimeapi.PodSandboxState_SANDBOX_NOTREADY,
+			Bundle: s.podDir(id), Overhead: cfg.GetLinux().GetOverhead(), Resources: cfg.GetLinux().GetResources(),
+		},
+	}
+	if ns.GetNetwork() != runtimeapi.NamespaceMode_NODE {
+		sb.rec.NetNS, sb.rec.NetworkUp = filepath.Join(s.podDir(id), "ns", "net"), true
+	}
+	if u := userNamespace(cfg); u != nil {
+		sb.rec.UIDs, sb.rec.GIDs = mappings(u.Uids), mappings(u.Gids)
+	}
+	snap := sb.rec.Sandbox
+	sb.snap.Store(&snap)
+	return sb
+}
+
+// makeSandbox does the steps of a creation. On error all that was done is
+// undone; what even that leaves is found by its id, through the record that
+// stays in phase creating.
+func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(string)) (err error) {
+	id := sb.rec.ID
+	var undo osutil.Undo
+	defer undo.Run(ctx, &err)
+
+	if err := s.changeSandbox(sb, func(*sandboxRecord) {}); err != nil {
+		return err
+	}
+	undo.Add("delete record", func(context.Context) error { return s.store.delete(sandboxBucket, id) })
+
+	stage("making namespaces")
+	undo.Add("remove folder", func(context.Context) error { return removeFolder(s.podDir(id)) })
+	if err := s.makeFolder(sb); err != nil {
+		return err
+	}
+
+	if sb.rec.NetworkUp {
+		stage("attaching the network")
+		req := s.networkRequest(sb)
+		undo.Add("detach network", func(ctx context.Context) error { return s.o.Network.Detach(ctx, req) })
+		res, err := s.o.Network.Attach(ctx, req)
+		if err != nil {
+			return fmt.Errorf("attach pod %s to the network: %w", sb.rec.Name, err)
+		}
+		sb.rec.IPs, sb.rec.Network = res.IPs, res.Raw
+	}
+
+	stage("starting the sandbox on its shim")
+	pid, err := sb.handler.StartSandbox(ctx, s.shimRequest(sb))
+	if err != nil {
+		return err
+	}
+	undo.Add("shut down the sandbox on its shim", func(ctx context.Context) error {
+		return sb.handler.ShutdownSandbox(ctx, id, s.podDir(id))
+	})
+
+	s.index.addSandbox(sb)
+	undo.Add("forget the sandbox", func(context.Context) error { s.index.dropSandbox(id); return nil })
+	if err := s.changeSandbox(sb, func(r *sandboxRecord) { r.Phase, r.Pid = ready, pid }); err != nil {
+		return err
+	}
+	undo.Release()
+	s.watchHolder(sb)
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, id, id)
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, id, id)
+	return nil
+}
+
+// makeFolder makes what of the sandbox lives in its folder: namespaces, shm
+// and the files under /etc.
+func (s *Service) makeFolder(sb *sandbox) error {
+	dir := s.podDir(sb.rec.ID)
+	if err := mountFolder(dir); err != nil {
+		return err
+	}
+	n := sandboxNamespaces(dir, sb)
+	if err := n.pin(); err != nil {
+		return err
+	}
+	if n.ipc {
+		uid, gid := rootOf(sb.rec.UIDs), rootOf(sb.rec.GIDs)
+		if err := mountShm(filepath.Join(dir, "shm"), uid, gid); err != nil {
+			return err
+		}
+	}
+	return writeFiles(dir, sb.rec.Config)
+}
+
+func sandboxNamespaces(dir string, sb *sandbox) namespaces {
+	o := sb.rec.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	node := runtimeapi.NamespaceMode_NODE
+	return namespaces{
+		dir:  filepath.Join(dir, "ns"),
+		net:  o.GetNetwork() != node,
+		uts:  o.GetNetwork() != node, // the node's network goes with the node's name
+		ipc:  o.GetIpc() != node,
+		user: len(sb.rec.UIDs) > 0, uids: sb.rec.UIDs, gids: sb.rec.GIDs,
+		hostname: hostname(sb.rec.Config),
+		sysctls:  sb.rec.Sysctls,
+	}
+}
+
+func (s *Service) shimRequest(sb *sandbox) shim.SandboxRequest {
+	n := sandboxNamespaces(s.podDir(sb.rec.ID), sb)
+	r := shim.SandboxRequest{ID: sb.rec.ID, Bundle: s.podDir(sb.rec.ID), NetNS: sb.rec.NetNS, SharePID: sb.rec.SharePID,
+		Annotations: sb.rec.Config.Annotations, ForeignConfig: sb.rec.Config}
+	if n.user {
+		r.UserNS = n.path("user")
+	}
+	if parent := sb.rec.Config.GetLinux().GetCgroupParent(); parent != "" && sb.rec.SharePID && !sb.handler.Runtime.SystemdCgroup {
+		r.Cgroup = filepath.Join(parent, sb.rec.ID)
+	}
+	return r
+}
+
+// watchHolder turns the sandbox not ready when the process that holds its
+// shared PID namespace ends: nothing can be started in it any more.
+func (s *Service) watchHolder(sb *sandbox) {
+	if sb.get().Pid == 0 || !sb.rec.SharePID {
+		return
+	}
+	s.work.Go(func() {
+		err := sb.handler.WaitSandbox(s.ctx, sb.rec.ID, s.podDir(sb.rec.ID))
+		if err != nil {
+			if s.ctx.Err() == nil {
+				s.log.Warn("cannot watch the sandbox's holder", "sandbox", sb.rec.ID, "err", err)
+			}
+			return
+		}
+		if sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
+			return
+		}
+		s.log.Warn("the process that holds the pod's PID namespace ended", "sandbox", sb.rec.ID)
+		if err := s.changeSandbox(sb, func(r *sandboxRecord) {
+			if r.Phase == ready {
+				r.Phase = stopping
+			}
+		}); err != nil {
+			s.log.Error("note the end of a sandbox", "sandbox", sb.rec.ID, "err", err)
+		}
+	})
+}
+
+func (s *Service) networkRequest(sb *sandbox) network.Request {
+	cfg := sb.rec.Config
+	r := network.Request{
+		ID: sb.rec.ID, Namespace: cfg.Metadata.Namespace, Name: cfg.Metadata.Name, UID: cfg.Metadata.Uid, NetNS: sb.rec.NetNS,
+		CgroupPath: cfg.GetLinux().GetCgroupParent(), Labels: cfg.Labels, Annotations: cfg.Annotations, Cached: sb.rec.Network,
+		Bandwidth: bandwidth(cfg.Annotations),
+	}
+	for _, p := range cfg.PortMappings {
+		if p.HostPort == 0 {
+			continue
+		}
+		m := network.PortMapping{Protocol: protocol(p.Protocol), ContainerPort: uint16(p.ContainerPort), HostPort: uint16(p.HostPort)}
+		m.HostIP, _ = netip.ParseAddr(p.HostIp) // validated; empty means all addresses
+		r.Ports = append(r.Ports, m)
+	}
+	if d := cfg.DnsConfig; d != nil {
+		r.DNS = &network.DNS{Servers: d.Servers, Searches: d.Searches, Options: d.Options}
+	}
+	return r
+}
+
+func protocol(p runtimeapi.Protocol) string {
+	switch p {
+	case runtimeapi.Protocol_UDP:
+		return "udp"
+	case runtimeapi.Protocol_SCTP:
+		return "sctp"
+	default:
+		return "tcp"
+	}
+}
+
+func userNamespace(cfg *runtimeapi.PodSandboxConfig) *runtimeapi.UserNamespace {
+	u := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions()
+	if u == nil || u.Mode != runtimeapi.NamespaceMode_POD {
+		return nil
+	}
+	return u
+}
+
+func mappings(ms []*runtimeapi.IDMapping) []idMapping {
+	var out []idMapping
+	for _, m := range ms {
+		out = append(out, idMapping{Container: m.ContainerId, Host: m.HostId, Length: m.Length})
+	}
+	return out
+}
+
+// rootOf gives the node's id of the namespace's root, itself 0 without one.
+func rootOf(ms []idMapping) uint32 {
+	for _, m := range ms {
+		if m.Container == 0 {
+			return m.Host
+		}
+	}
+	return 0
+}

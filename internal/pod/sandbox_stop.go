@@ -1,0 +1,143 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/containerd/errdefs"
+	"golang.org/x/sync/errgroup"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// StopSandbox stops the sandbox's containers and takes its network down. It
+// may be repeated; an absent sandbox is success.
+func (s *Service) StopSandbox(ctx context.Context, id string) error {
+	sb, err := s.index.sandbox(id)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := sb.op.lock(ctx); err != nil {
+		return err
+	}
+	defer sb.op.unlock()
+	return s.stopSandbox(ctx, sb)
+}
+
+// stopSandbox goes the whole way again after a failure: each step finds what
+// is left for it. The caller holds sb.op.
+func (s *Service) stopSandbox(ctx context.Context, sb *sandbox) error {
+	id := sb.get().ID
+	if sb.phase() == stopped || sb.phase() == removing {
+		return nil
+	}
+	if sb.phase() == ready {
+		if err := s.changeSandbox(sb, func(r *sandboxRecord) { r.Phase = stopping }); err != nil {
+			return err
+		}
+	}
+	g, gctx := errgroup.WithContext(ctx)
+	for _, c := range s.index.containersOf(id) {
+		g.Go(func() error { return s.stopContainer(gctx, c, 0) })
+	}
+	if err := g.Wait(); err != nil {
+		return fmt.Errorf("stop the containers of pod %s: %w", sb.rec.Name, err)
+	}
+	if sb.handler != nil {
+		if err := sb.handler.StopSandbox(ctx, id, s.podDir(id)); err != nil {
+			return fmt.Errorf("stop pod %s on its shim: %w", sb.rec.Name, err)
+		}
+	}
+	if sb.rec.NetworkUp {
+		if err := s.detach(ctx, sb); err != nil {
+			return err
+		}
+	}
+	if err := s.changeSandbox(sb, func(r *sandboxRecord) { r.Phase, r.NetworkUp, r.Pid = stopped, false, 0 }); err != nil {
+		return err
+	}
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT, id, id)
+	return nil
+}
+
+// detach releases the sandbox's network. After a reboot the namespace is gone
+// and only what lives outside of it is released.
+func (s *Service) detach(ctx context.Context, sb *sandbox) error {
+	req := s.networkRequest(sb)
+	if _, err := os.Stat(req.NetNS); errors.Is(err, os.ErrNotExist) {
+		req.NetNS = ""
+	}
+	if err := s.o.Network.Detach(ctx, req); err != nil {
+		return fmt.Errorf("detach pod %s from the network: %w", sb.rec.Name, err)
+	}
+	return nil
+}
+
+// RemoveSandbox removes the sandbox with its containers, stopping what runs.
+// It may be repeated; an absent sandbox is success.
+func (s *Service) RemoveSandbox(ctx context.Context, id string) error {
+	sb, err := s.index.sandbox(id)
+	if errdefs.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if err := sb.op.lock(ctx); err != nil {
+		return err
+	}
+	defer sb.op.unlock()
+	if err := s.stopSandbox(ctx, sb); err != nil {
+		return err
+	}
+	return s.removeSandbox(ctx, sb)
+}
+
+func (s *Service) removeSandbox(ctx context.Context, sb *sandbox) error {
+	id := sb.get().ID
+	if _, err := s.index.sandbox(id); errdefs.IsNotFound(err) {
+		return nil // another caller, whom we waited for, did it
+	}
+	for _, c := range s.index.containersOf(id) {
+		if err := s.RemoveContainer(ctx, c.get().ID); err != nil {
+			return fmt.Errorf("remove pod %s: %w", sb.rec.Name, err)
+		}
+	}
+	if sb.phase() != removing {
+		if err := s.changeSandbox(sb, func(r *sandboxRecord) { r.Phase = removing }); err != nil {
+			return err
+		}
+	}
+	if sb.handler != nil {
+		if err := sb.handler.ShutdownSandbox(ctx, id, s.podDir(id)); err != nil {
+			return fmt.Errorf("shut down pod %s on its shim: %w", sb.rec.Name, err)
+		}
+	}
+	if err := removeFolder(s.podDir(id)); err != nil {
+		return err
+	}
+	if err := s.store.delete(sandboxBucket, id); err != nil {
+		return err
+	}
+	s.index.dropSandbox(id)
+	s.attempts.release(sb.rec.Name, id)
+	s.stats.forgetSandbox(id)
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, id, id)
+	return nil
+}
+
+func (sb *sandbox) phase() phase {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	return sb.rec.Phase
+}
+
+func (c *container) phase() phase {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.rec.Phase
+}

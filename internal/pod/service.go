@@ -1,0 +1,99 @@
+package pod
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"cloister.dev/internal/image"
+	"cloister.dev/internal/network"
+	"cloister.dev/internal/oci"
+	"cloister.dev/internal/shim"
+)
+
+// Options configure a Service.
+type Options struct {
+	Root, State string
+	Images      *image.Store
+	Network     network.Attacher
+	Shims       *shim.Client
+	Node        oci.Node
+	Log         *slog.Logger
+
+	LogMaxLine         int64 // bytes, see shim.TaskRequest
+	IgnoreImageVolumes bool
+	DrainExecSync      time.Duration      // 0: wait for all output of an ExecSync
+	StatsPeriod        time.Duration      // statistics are no older than this
+	VerboseInfo        map[string]any     // the configuration, as Status shows it
+	Conditions         func() []Condition // further conditions of Status
+}
+
+// Condition is a fact about the daemon that Status reports.
+type Condition struct {
+	Type, Reason, Message string
+	OK                    bool
+}
+
+// Service makes and keeps the pods of one daemon.
+type Service struct {
+	o     Options
+	log   *slog.Logger
+	store *store
+	hub   *hub
+	index index
+	stats stats
+
+	attempts attempts
+
+	ctx    context.Context // ends with the service; creations run on it
+	cancel context.CancelFunc
+	work   sync.WaitGroup // creations, exit monitors, background clean-up
+}
+
+// Open opens the pod store and takes up the pods of an earlier daemon: what
+// runs goes on, what ended meanwhile is noted, what was half made is taken
+// down. The service serves at once; shims are asked in the background.
+func Open(ctx context.Context, o Options) (*Service, error) {
+	for _, d := range []struct {
+		path string
+		mode os.FileMode
+	}{{o.Root, 0o700}, {o.State, 0o711}, {filepath.Join(o.State, "pods"), 0o711}, {filepath.Join(o.State, "containers"), 0o711}} {
+		if err := os.MkdirAll(d.path, d.mode); err != nil {
+			return nil, fmt.Errorf("prepare the daemon's folders: %w", err)
+		}
+	}
+	st, err := openStore(filepath.Join(o.Root, "pods.db"))
+	if err != nil {
+		return nil, err
+	}
+	s := &Service{o: o, log: o.Log, store: st, hub: newHub()}
+	s.index.init()
+	s.attempts.init()
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	if err := s.recover(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("recover the pods of an earlier daemon: %w", err), s.Close())
+	}
+	return s, nil
+}
+
+// Close waits for running operations and closes the store. Pods go on.
+func (s *Service) Close() error {
+	s.cancel()
+	s.work.Wait()
+	s.hub.close()
+	return s.store.close()
+}
+
+func (s *Service) podDir(id string) string       { return filepath.Join(s.o.State, "pods", id) }
+func (s *Service) containerDir(id string) string { return filepath.Join(s.o.State, "containers", id) }
+func (s *Service) volumeDir(id string) string    { return filepath.Join(s.o.Root, "volumes", id) }
+
+// errClosing is what an operation answers that the daemon's end cut off.
+var errClosing = fmt.Errorf("the daemon is stopping: %w", errdefs.ErrUnavailable)

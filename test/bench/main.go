@@ -1,0 +1,186 @@
+// bench measures containerd v2.4.2 and Cloister in one run on this machine:
+// same images, same CNI configuration, same runc, each daemon with folders of
+// its own, one daemon at a time, in turns so that drift of the machine meets
+// both. It prints one table with the budgets and writes every sample to
+// out/TIME.json. It exits with 1 when a budget is missed.
+//
+// Environment, with defaults:
+//
+//	BENCH_PODS=50 BENCH_CONTAINERS=50 BENCH_IMAGES=10   samples of critest's benchmarks
+//	BENCH_ROUNDS=2        turns; the samples above are spread over them
+//	BENCH_PARALLEL=5      how many at once in the parallel measurements
+//	BENCH_LIST=1000       containers (created, not started) when lists are timed
+//	BENCH_MEMORY=40       pods with one running container each when memory is read
+//	BENCH_SUBJECTS=containerd,cloister,cloister-crun
+//	CLOISTER_BIN=DIR      use these programs instead of building the checkout
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"cloister.dev/test/testnode"
+)
+
+// settings are the sizes of a run.
+type settings struct {
+	Pods, Containers, Images int
+	Rounds, Parallel         int
+	List, Memory             int
+	Subjects                 []string
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
+	defer stop()
+	met, err := run(ctx)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+	}
+	if err != nil || !met {
+		stop()
+		os.Exit(1)
+	}
+}
+
+func fromEnvironment() (settings, error) {
+	s := settings{Subjects: []string{containerd, cloister, cloisterCrun}}
+	for _, f := range []struct {
+		name string
+		into *int
+		def  int
+	}{
+		{"BENCH_PODS", &s.Pods, 50}, {"BENCH_CONTAINERS", &s.Containers, 50}, {"BENCH_IMAGES", &s.Images, 10},
+		{"BENCH_ROUNDS", &s.Rounds, 2}, {"BENCH_PARALLEL", &s.Parallel, 5},
+		{"BENCH_LIST", &s.List, 1000}, {"BENCH_MEMORY", &s.Memory, 40},
+	} {
+		*f.into = f.def
+		if v := os.Getenv(f.name); v != "" {
+			var err error
+			if *f.into, err = strconv.Atoi(v); err != nil || *f.into < 1 {
+				return s, fmt.Errorf("%s=%s: a number from 1 up is wanted", f.name, v)
+			}
+		}
+	}
+	if v := os.Getenv("BENCH_SUBJECTS"); v != "" {
+		s.Subjects = strings.Split(v, ",")
+	}
+	return s, nil
+}
+
+func run(ctx context.Context) (met bool, err error) {
+	set, err := fromEnvironment()
+	if err != nil {
+		return false, err
+	}
+	checkout, err := testnode.Checkout()
+	if err != nil {
+		return false, err
+	}
+	p, err := build(ctx, checkout)
+	if err != nil {
+		return false, err
+	}
+	registry, err := testnode.StartRegistry(ctx, checkout, "-pause", p.pause)
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, registry.Close()) }()
+
+	results := make(map[string]*result)
+	for _, s := range set.Subjects {
+		results[s] = newResult()
+	}
+	for round := range set.Rounds {
+		for _, s := range set.Subjects {
+			fmt.Fprintf(os.Stderr, "round %d of %d: %s\n", round+1, set.Rounds, s)
+			r := results[s]
+			if r.Failed != "" {
+				continue
+			}
+			if err := turn(ctx, p, registry.Hosts, s, set, round, r); err != nil {
+				if ctx.Err() != nil {
+					return false, err
+				}
+				r.Failed = err.Error()
+				fmt.Fprintf(os.Stderr, "%s: %v\n", s, err)
+			}
+		}
+	}
+	if err := save(checkout, set, results); err != nil {
+		return false, err
+	}
+	met = table(os.Stdout, set, results)
+	for _, s := range set.Subjects {
+		if f := results[s].Failed; f != "" {
+			fmt.Printf("\n%s did not finish: %s\n", s, f)
+			met = met && s == cloisterCrun // a crun that does not run here is the machine's
+		}
+	}
+	return met, nil
+}
+
+// turn measures one subject for one round in a daemon of its own.
+func turn(ctx context.Context, p programs, hosts, subject string, set settings, round int, r *result) (err error) {
+	node, err := testnode.Start(ctx, p.options(subject, hosts))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, node.Close()) }()
+	b := &bench{node: node, set: set, result: r, handler: handlerOf(subject)}
+	if err := b.prepare(ctx); err != nil {
+		return err
+	}
+	if round == 0 {
+		if err := b.memory(ctx); err != nil {
+			return err
+		}
+		if err := b.lists(ctx); err != nil {
+			return err
+		}
+	}
+	if err := b.critest(ctx, p.critest, share(set.Pods, round, set.Rounds),
+		share(set.Containers, round, set.Rounds), share(set.Images, round, set.Rounds)); err != nil {
+		return err
+	}
+	for _, parallel := range []int{1, set.Parallel} {
+		if err := b.pods(ctx, share(set.Pods, round, set.Rounds), parallel); err != nil {
+			return err
+		}
+		if err := b.containers(ctx, share(set.Containers, round, set.Rounds), parallel); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// share is the part of n that falls into one round.
+func share(n, round, rounds int) int {
+	return n*(round+1)/rounds - n*round/rounds
+}
+
+func save(checkout string, set settings, results map[string]*result) error {
+	dir := filepath.Join(checkout, "test/bench/out")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	b, err := json.MarshalIndent(struct {
+		Settings settings
+		Results  map[string]*result
+	}{set, results}, "", " ")
+	if err != nil {
+		return err
+	}
+	file := filepath.Join(dir, time.Now().UTC().Format("20060102-150405")+".json")
+	fmt.Fprintln(os.Stderr, "samples:", file)
+	return os.WriteFile(file, b, 0o644)
+}

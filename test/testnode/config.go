@@ -1,0 +1,153 @@
+package testnode
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"text/template"
+)
+
+// configuration is containerd's version 3 file, which Cloister reads too.
+var configuration = template.Must(template.New("config.toml").Parse(`version = 3
+root = "{{.Root}}"
+state = "{{.State}}"
+
+[grpc]
+address = "{{.Socket}}"
+
+[plugins."io.containerd.cri.v1.images"]
+snapshotter = "overlayfs"
+
+[plugins."io.containerd.cri.v1.images".pinned_images]
+sandbox = "registry.k8s.io/pause:3.10.2"
+
+[plugins."io.containerd.cri.v1.images".registry]
+config_path = "{{.Hosts}}"
+
+[plugins."io.containerd.cri.v1.runtime"]
+restrict_oom_score_adj = true
+netns_mounts_under_state_dir = true
+
+[plugins."io.containerd.cri.v1.runtime".cni]
+bin_dirs = ["{{.CNIBin}}"]
+conf_dir = "{{.CNIConf}}"
+
+[plugins."io.containerd.cri.v1.runtime".containerd]
+{{- if .Default}}
+default_runtime_name = "{{.Default}}"
+{{- end}}
+{{range $name, $binary := .Handlers}}
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{{$name}}]
+runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{{$name}}.options]
+BinaryName = "{{$binary}}"
+{{end}}
+[plugins."io.containerd.grpc.v1.cri"]
+stream_server_address = "127.0.0.1"
+stream_server_port = "0"
+{{if .Cloister}}
+[cloister]
+network = "{{.Network}}"
+{{- if eq .Network "builtin"}}
+[cloister.builtin_network]
+bridge = "{{.Bridge}}"
+subnets = ["{{.Subnet}}"]
+{{- end}}
+{{end -}}
+`))
+
+// configure writes config.toml and the CNI configuration.
+func (n *Node) configure() error {
+	subnet, err := freeSubnet()
+	if err != nil {
+		return err
+	}
+	cniConf := filepath.Join(n.Dir, "net.d")
+	for _, d := range []string{cniConf, n.Root(), n.State()} {
+		if err := os.MkdirAll(d, 0o711); err != nil {
+			return err
+		}
+	}
+	if n.opts.Network == "cni" {
+		if err := os.WriteFile(filepath.Join(cniConf, "10-test.conflist"), n.conflist(subnet), 0o644); err != nil {
+			return err
+		}
+	}
+	handlers, def := n.opts.Handlers, n.opts.Default
+	if n.opts.Runtime == Containerd {
+		if len(handlers) == 0 {
+			runc, err := exec.LookPath("runc")
+			if err != nil {
+				return fmt.Errorf("containerd needs runc: %w", err)
+			}
+			handlers = map[string]string{"runc": runc}
+		}
+		if def == "" {
+			def = "runc"
+		}
+	}
+	var buf bytes.Buffer
+	err = configuration.Execute(&buf, struct {
+		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Subnet string
+		Handlers                                                                      map[string]string
+		Cloister                                                                      bool
+	}{
+		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, subnet,
+		handlers, n.opts.Runtime == Cloister,
+	})
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(n.Dir, "config.toml"), buf.Bytes(), 0o644)
+}
+
+// conflist is the network that kubelet users know: a bridge with addresses
+// from host-local, host ports, and the firewall's forward rules.
+func (n *Node) conflist(subnet string) []byte {
+	type m map[string]any
+	b, err := json.MarshalIndent(m{
+		"cniVersion": "1.0.0",
+		"name":       n.bridge,
+		"plugins": []m{
+			{
+				"type": "bridge", "bridge": n.bridge, "isGateway": true, "ipMasq": true, "hairpinMode": true,
+				"ipam": m{
+					"type": "host-local", "dataDir": filepath.Join(n.Dir, "ipam"),
+					"ranges": [][]m{{{"subnet": subnet}}}, "routes": []m{{"dst": "0.0.0.0/0"}},
+				},
+			},
+			{"type": "portmap", "capabilities": m{"portMappings": true}},
+			{"type": "firewall"},
+		},
+	}, "", "  ")
+	if err != nil {
+		panic(err) // only strings and booleans are in it
+	}
+	return b
+}
+
+// freeSubnet finds a range that no interface of the machine lies in.
+func freeSubnet() (string, error) {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return "", err
+	}
+	for i := range 100 {
+		second := 100 + (os.Getpid()+i)%100
+		subnet := &net.IPNet{IP: net.IPv4(10, byte(second), 0, 0).To4(), Mask: net.CIDRMask(16, 32)}
+		taken := false
+		for _, a := range addrs {
+			if other, ok := a.(*net.IPNet); ok && (subnet.Contains(other.IP) || other.Contains(subnet.IP)) {
+				taken = true
+			}
+		}
+		if !taken {
+			return subnet.String(), nil
+		}
+	}
+	return "", fmt.Errorf("no free range in 10.100.0.0 to 10.199.0.0")
+}
