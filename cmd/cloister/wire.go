@@ -14,6 +14,7 @@ import (
 	"strings"
 	"time"
 
+	profile "github.com/containerd/containerd/v2/contrib/apparmor"
 	"github.com/containerd/containerd/v2/pkg/apparmor"
 	"github.com/containerd/containerd/v2/pkg/seccomp"
 	"github.com/coreos/go-systemd/v22/daemon"
@@ -99,6 +100,7 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 	}
 	server := cri.New(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
 		Snapshotter: func(handler string) (string, error) { return cfg.Images.RuntimePlatforms[handler].Snapshotter, nil }})
+	loadAppArmor(cfg, log)
 	return serve(ctx, cfg, log, server, pods, images)
 }
 
@@ -110,7 +112,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri
 	}
 	g := grpc.NewServer(server.GRPCOptions()...)
 	server.Register(g)
-	registerDebug(g, pods, images)
+	(&cri.Debug{Pods: pods, Images: images}).Register(g)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(lis) }()
 	log.Info("serving CRI", "address", cfg.Address, "root", cfg.Root, "state", cfg.State, "network", cfg.Cloister.Network)
@@ -129,6 +131,17 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri
 	defer hard.Stop()
 	g.GracefulStop()
 	return nil
+}
+
+// loadAppArmor loads the profile of containers that ask for the runtime's
+// default one.
+func loadAppArmor(cfg config.Config, log *slog.Logger) {
+	if cfg.Runtime.DisableAppArmor || !apparmor.HostSupports() {
+		return
+	}
+	if err := profile.LoadDefaultProfile(oci.DefaultAppArmorProfile); err != nil {
+		log.Warn("load the default AppArmor profile; containers that ask for it will fail", "err", err)
+	}
 }
 
 // listen makes the socket, which only root may use, in place of a stale one.
@@ -193,6 +206,9 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 	var err error
 	if o.Binary, err = shimProgram(cfg.Cloister.Shim); err != nil {
 		return o, err
+	}
+	if len(cfg.Runtime.Containerd.Runtimes) == 0 {
+		o.Runtimes = shim.Found()
 	}
 	for name, h := range cfg.Runtime.Containerd.Runtimes {
 		r := shim.Runtime{Type: h.RuntimeType, Path: h.RuntimePath, Options: h.Options, Snapshotter: snapshotter(cfg, name, h),
@@ -263,7 +279,8 @@ func node(r config.Runtime) oci.Node {
 		AppArmor:           apparmor.HostSupports() && !r.DisableAppArmor,
 		SELinux:            r.EnableSELinux && selinux.GetEnabled(),
 		SeccompProfileRoot: "/var/lib/kubelet/seccomp",
-		RestrictOOMScore:   r.RestrictOOMScoreAdj, HugetlbTolerated: r.TolerateMissingHugetlbController || r.DisableHugetlbController,
+		RestrictOOMScore:   r.RestrictOOMScoreAdj, HugetlbTolerated: r.TolerateMissingHugetlbController,
+		HugetlbDisabled:   r.DisableHugetlbController,
 		DefaultSeccomp:    r.UnsetSeccompProfile,
 		UnprivilegedPorts: r.EnableUnprivilegedPorts, UnprivilegedICMP: r.EnableUnprivilegedICMP,
 		DeviceOwnership: r.DeviceOwnershipFromSecurityContext,

@@ -45,17 +45,3 @@ func (c *Conn) watchPull(ctx context.Context, image string, progress func([]*deb
 		progress(r.GetLayers())
 	}
 }
-
-// EnsureImage pulls the image unless it is here; pulled tells which.
-func (c *Conn) EnsureImage(ctx context.Context, image, handler string, progress func([]*debugv1.Layer)) (pulled bool, err error) {
-	spec := &runtimeapi.ImageSpec{Image: image, RuntimeHandler: handler}
-	r, err := c.Images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: spec})
-	if err != nil {
-		return false, fmt.Errorf("look for image %s: %w", image, err)
-	}
-	if r.GetImage() != nil {
-		return false, nil
-	}
-	_, err = c.Pull(ctx, image, handler, progress)
-	return err == nil, err
-}

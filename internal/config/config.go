@@ -9,6 +9,7 @@ package config
 
 import (
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -33,6 +34,9 @@ type Config struct {
 
 	// Files are the files that were read, in order; empty when none was there.
 	Files []string
+	// Ephemeral comes from the command line: a clean stop also ends the resident
+	// shims in which nothing runs.
+	Ephemeral bool
 }
 
 // SetState moves the state folder, and with it the socket when the socket lay
@@ -43,6 +47,9 @@ func (c *Config) SetState(dir string) {
 	}
 	c.State = dir
 }
+
+// SetAddress moves the socket; unix:///PATH is taken too.
+func (c *Config) SetAddress(address string) { c.Address = strings.TrimPrefix(address, "unix://") }
 
 func socketIn(state string) string { return filepath.Join(state, "cloister.sock") }
 

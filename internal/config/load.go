@@ -127,3 +127,13 @@ func (l *loader) finish() (Config, error) {
 	}
 	return *c, nil
 }
+
+// Validate judges a configuration that was changed after Load.
+func (c *Config) Validate() error {
+	l := loader{config: *c}
+	if err := l.validate(); err != nil {
+		return err
+	}
+	c.LogLevel = l.config.LogLevel
+	return nil
+}

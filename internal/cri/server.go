@@ -101,6 +101,9 @@ type Server struct {
 	snapshotter func(handler string) (string, error)
 	log         *slog.Logger
 	subscribe   func() events
+
+	stopping context.Context // over once event streams are to end
+	stop     context.CancelFunc
 }
 
 // events is a running subscription.
@@ -115,6 +118,7 @@ func New(o Options) *Server {
 		pods: o.Pods, images: o.Images, stream: o.Stream, version: o.Version, snapshotter: o.Snapshotter, log: o.Log,
 		subscribe: func() events { return o.Pods.Subscribe() },
 	}
+	s.stopping, s.stop = context.WithCancel(context.Background())
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -123,6 +127,10 @@ func New(o Options) *Server {
 	}
 	return s
 }
+
+// Shutdown ends the calls that would go on for ever (event streams), so that a
+// graceful stop of the gRPC server can end. Their clients connect again.
+func (s *Server) Shutdown() { s.stop() }
 
 // Register adds both services to g, which must have been made with GRPCOptions.
 func (s *Server) Register(g *grpc.Server) {

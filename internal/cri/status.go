@@ -2,7 +2,9 @@ package cri
 
 import (
 	"context"
+	"fmt"
 
+	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/metadata"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -46,8 +48,8 @@ func (s *Server) UpdateRuntimeConfig(_ context.Context, r *runtimeapi.UpdateRunt
 	return &runtimeapi.UpdateRuntimeConfigResponse{}, nil
 }
 
-// GetContainerEvents sends every event from now on, until the client goes or
-// lags too far behind.
+// GetContainerEvents sends every event from now on, until the client goes, lags
+// too far behind, or the server shuts down.
 func (s *Server) GetContainerEvents(_ *runtimeapi.GetEventsRequest, out grpc.ServerStreamingServer[runtimeapi.ContainerEventResponse]) error {
 	sub := s.subscribe()
 	defer sub.Close()
@@ -55,8 +57,14 @@ func (s *Server) GetContainerEvents(_ *runtimeapi.GetEventsRequest, out grpc.Ser
 	if err := out.SendHeader(metadata.MD{}); err != nil {
 		return err
 	}
+	ctx, cancel := context.WithCancel(out.Context())
+	defer cancel()
+	defer context.AfterFunc(s.stopping, cancel)()
 	for {
-		event, err := sub.Next(out.Context())
+		event, err := sub.Next(ctx)
+		if s.stopping.Err() != nil {
+			return fmt.Errorf("the daemon is stopping: %w", errdefs.ErrUnavailable)
+		}
 		if err != nil {
 			return err
 		}

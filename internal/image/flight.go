@@ -47,6 +47,7 @@ func (s *Store) join(name reference.Named, req PullRequest) (*flight, func(), er
 		}
 		f = s.launch(id, name, req)
 		s.flights.byID[id] = f
+		s.arrivals.announce(id.name, f)
 	}
 	f.waiters++
 	return f, func() {

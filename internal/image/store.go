@@ -59,14 +59,15 @@ type Store struct {
 	snapshotters map[string]snapshots.Snapshotter
 	closers      []io.Closer
 
-	records sync.Mutex
-	index   *index
-	flights flights
-	blobs   keyedLock
-	roots   roots
-	usage   usageCache
-	gc      collector
-	idmap   func() (bool, error)
+	records  sync.Mutex
+	index    *index
+	flights  flights
+	arrivals arrivals
+	blobs    keyedLock
+	roots    roots
+	usage    usageCache
+	gc       collector
+	idmap    func() (bool, error)
 
 	// ctx ends with Close; it carries the namespace and the logger.
 	ctx    context.Context

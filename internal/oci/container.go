@@ -19,8 +19,8 @@ const (
 	oldestVersion = "1.0.2"
 	// maxBaseSpec bounds the administrator's JSON file.
 	maxBaseSpec = 4 << 20
-	// rootfs is where shims mount the root file system, beneath the bundle.
-	rootfs = "rootfs"
+	// bundleRoot is where shims mount the root file system, beneath the bundle.
+	bundleRoot = "rootfs"
 )
 
 // Container makes the spec of a container. The result depends on the input,
@@ -112,7 +112,7 @@ func baseSpec(h Handler) (*specs.Spec, error) {
 	if s.Root == nil {
 		s.Root = &specs.Root{}
 	}
-	s.Root.Path = rootfs
+	s.Root.Path = bundleRoot
 	if s.Linux == nil {
 		s.Linux = &specs.Linux{}
 	}

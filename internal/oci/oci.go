@@ -82,6 +82,7 @@ type Node struct {
 	RestrictOOMScore   bool   // never go below the daemon's own oom_score_adj
 	DaemonOOMScore     int
 	HugetlbTolerated   bool // a missing hugetlb controller is not an error
+	HugetlbDisabled    bool // hugepage limits are not set at all
 	CDISpecDirs        []string
 	DefaultSeccomp     string // "runtime/default" or "" (unconfined) when a container names none
 	UnprivilegedPorts  bool

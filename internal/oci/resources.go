@@ -147,6 +147,9 @@ func applyMemory(to *specs.LinuxResources, r *runtimeapi.LinuxContainerResources
 }
 
 func applyHugepages(to *specs.LinuxResources, r *runtimeapi.LinuxContainerResources, node Node, k kernel, warn func(string, ...any)) error {
+	if node.HugetlbDisabled {
+		return nil
+	}
 	for _, h := range r.GetHugepageLimits() {
 		if !k.hugetlb {
 			// kubelet sends a zero for every page size of the machine.

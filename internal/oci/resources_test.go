@@ -99,6 +99,9 @@ func TestHugepages(t *testing.T) {
 	if got := resources(t, r, Node{HugetlbTolerated: true}, absent); got.HugepageLimits != nil {
 		t.Errorf("limits are %v, want none", got.HugepageLimits)
 	}
+	if got := resources(t, r, Node{HugetlbDisabled: true}, testKernel()); got.HugepageLimits != nil {
+		t.Errorf("limits are %v, want none where they are disabled", got.HugepageLimits)
+	}
 	r.HugepageLimits = r.HugepageLimits[:1]
 	if got := resources(t, r, Node{}, absent); got.HugepageLimits != nil {
 		t.Errorf("a zero limit became %v", got.HugepageLimits)

@@ -77,8 +77,12 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 	if err := s.changeContainer(c, func(r *containerRecord) { r.LogPath = logPath }); err != nil {
 		return err
 	}
-	undo.Add("delete record", func(context.Context) error { return s.store.delete(containerBucket, id) })
-	undo.Add("release files", func(ctx context.Context) error { return s.releaseFiles(ctx, c) })
+	undo.Add("take the half-made container down", func(ctx context.Context) error {
+		if err := s.releaseFiles(ctx, c); err != nil {
+			return err // the record stays for the next start to try again
+		}
+		return s.dropContainer(c)
+	})
 
 	stage("making the root file system")
 	rootfs, err := s.makeRootfs(ctx, sb, c, img)
@@ -115,7 +119,6 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 		return fmt.Errorf("write the specification: %w", err)
 	}
 	s.index.addContainer(c)
-	undo.Add("forget the container", func(context.Context) error { s.index.dropContainer(id); return nil })
 	err = s.changeContainer(c, func(r *containerRecord) {
 		r.Phase, r.User, r.StopSignal, r.Signal = ready, res.User, oci.CRISignal(res.StopSignal), res.StopSignal
 	})
@@ -159,7 +162,8 @@ func (s *Service) specInput(sb *sandbox, c *container, img image.Image, rootfs s
 	in := oci.Input{
 		ID: c.rec.ID, SandboxID: sb.rec.ID, Sandbox: sb.get().Config, Config: c.rec.Config,
 		Image: img.Config, ImageName: imageName(c.rec.Config), Rootfs: rootfs, Node: s.o.Node,
-		Namespaces: s.containerNamespaces(sb, c),
+		SandboxLabel: sb.rec.ProcessLabel,
+		Namespaces:   s.containerNamespaces(sb, c),
 		Files: oci.Files{ResolvConf: filepath.Join(dir, "resolv.conf"), Hostname: filepath.Join(dir, "hostname"),
 			Hosts: filepath.Join(dir, "hosts"), Shm: filepath.Join(dir, "shm")},
 		Handler: oci.Handler{Name: sb.handler.Name, OCIVersion: f.OCIVersion, SystemdCgroup: rt.SystemdCgroup,

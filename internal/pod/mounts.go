@@ -6,6 +6,7 @@ import (
 	"os"
 	"strconv"
 
+	"github.com/opencontainers/selinux/go-selinux/label"
 	"golang.org/x/sys/unix"
 )
 
@@ -31,12 +32,13 @@ func mountFolder(dir string) error {
 }
 
 // mountShm gives the sandbox a /dev/shm of its own, owned by the user that is
-// root inside.
-func mountShm(dir string, uid, gid uint32) error {
+// root inside and with the pod's SELinux label, if any.
+func mountShm(dir string, uid, gid uint32, selinux string) error {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return fmt.Errorf("make the folder of /dev/shm: %w", err)
 	}
 	opts := fmt.Sprintf("mode=1777,size=%d,uid=%d,gid=%d", shmSize, uid, gid)
+	opts = label.FormatMountLabel(opts, selinux)
 	if err := unix.Mount("shm", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, opts); err != nil {
 		return fmt.Errorf("mount /dev/shm: %w", err)
 	}

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/selinux/go-selinux"
 
 	"cloister.dev/internal/shim"
 )
@@ -32,6 +33,7 @@ func (s *Service) recover(ctx context.Context) error {
 		if sb.handler, err = s.o.Shims.Lookup(rec.HandlerName); err != nil {
 			s.log.Warn("pod of a handler that is not configured any more", "sandbox", rec.ID, "handler", rec.HandlerName)
 		}
+		selinux.ReserveLabel(rec.ProcessLabel)
 		s.index.addSandbox(sb)
 		s.attempts.reserve(rec.Name, rec.Hash, rec.ID)
 	}
@@ -146,6 +148,7 @@ func (s *Service) takeDown(ctx context.Context, sb *sandbox) error {
 		return err
 	}
 	s.index.dropSandbox(id)
+	selinux.ReleaseLabel(sb.rec.ProcessLabel)
 	s.attempts.release(sb.rec.Name, id)
 	return nil
 }

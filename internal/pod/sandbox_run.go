@@ -71,30 +71,38 @@ func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, 
 	return sb
 }
 
-// makeSandbox does the steps of a creation. On error all that was done is
-// undone; what even that leaves is found by its id, through the record that
-// stays in phase creating.
+// makeSandbox does the steps of a creation. On error they are undone by what a
+// recovery would do, which finds everything by the sandbox's id and keeps the
+// record, and the intent in it, until nothing is left.
 func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(string)) (err error) {
 	id := sb.rec.ID
 	var undo osutil.Undo
 	defer undo.Run(ctx, &err)
 
+	if s.o.Node.SELinux {
+		if sb.rec.ProcessLabel, sb.rec.MountLabel, err = oci.SELinuxLabels(sb.rec.Config.GetLinux().GetSecurityContext().GetSelinuxOptions()); err != nil {
+			return err
+		}
+	}
 	if err := s.changeSandbox(sb, func(*sandboxRecord) {}); err != nil {
 		return err
 	}
-	undo.Add("delete record", func(context.Context) error { return s.store.delete(sandboxBucket, id) })
+	undo.Add("take the half-made pod down", func(ctx context.Context) error {
+		err := s.takeDown(ctx, sb)
+		if err != nil {
+			s.inBackground(sb, func(ctx context.Context) error { return s.takeDown(ctx, sb) })
+		}
+		return err
+	})
 
 	stage("making namespaces")
-	undo.Add("remove folder", func(context.Context) error { return removeFolder(s.podDir(id)) })
 	if err := s.makeFolder(sb); err != nil {
 		return err
 	}
 
 	if sb.rec.NetworkUp {
 		stage("attaching the network")
-		req := s.networkRequest(sb)
-		undo.Add("detach network", func(ctx context.Context) error { return s.o.Network.Detach(ctx, req) })
-		res, err := s.o.Network.Attach(ctx, req)
+		res, err := s.o.Network.Attach(ctx, s.networkRequest(sb))
 		if err != nil {
 			return fmt.Errorf("attach pod %s to the network: %w", sb.rec.Name, err)
 		}
@@ -106,12 +114,7 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	if err != nil {
 		return err
 	}
-	undo.Add("shut down the sandbox on its shim", func(ctx context.Context) error {
-		return sb.handler.ShutdownSandbox(ctx, id, s.podDir(id))
-	})
-
 	s.index.addSandbox(sb)
-	undo.Add("forget the sandbox", func(context.Context) error { s.index.dropSandbox(id); return nil })
 	if err := s.changeSandbox(sb, func(r *sandboxRecord) { r.Phase, r.Pid = ready, pid }); err != nil {
 		return err
 	}
@@ -135,7 +138,7 @@ func (s *Service) makeFolder(sb *sandbox) error {
 	}
 	if n.ipc {
 		uid, gid := rootOf(sb.rec.UIDs), rootOf(sb.rec.GIDs)
-		if err := mountShm(filepath.Join(dir, "shm"), uid, gid); err != nil {
+		if err := mountShm(filepath.Join(dir, "shm"), uid, gid, sb.rec.MountLabel); err != nil {
 			return err
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/selinux/go-selinux"
 	"golang.org/x/sync/errgroup"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -126,6 +127,7 @@ func (s *Service) removeSandbox(ctx context.Context, sb *sandbox) error {
 	s.index.dropSandbox(id)
 	s.attempts.release(sb.rec.Name, id)
 	s.stats.forgetSandbox(id)
+	selinux.ReleaseLabel(sb.rec.ProcessLabel)
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, id, id)
 	return nil
 }

@@ -93,10 +93,11 @@ func (s *Service) statsPeriod() time.Duration {
 // left out.
 func (s *Service) ContainerStats(ctx context.Context, ids []string) ([]*runtimeapi.ContainerStats, error) {
 	s.statsUsed()
+	wait := time.Now().Add(layerWait)
 	cs := s.running(ids)
 	out := make([]*runtimeapi.ContainerStats, len(cs))
 	err := s.measureEach(ctx, len(cs), func(ctx context.Context, i int) error {
-		st, err := s.containerStats(ctx, cs[i])
+		st, err := s.containerStats(ctx, cs[i], wait)
 		out[i] = st
 		return s.leftOut(ctx, cs[i], err)
 	})
@@ -110,11 +111,12 @@ func (s *Service) ContainerStats(ctx context.Context, ids []string) ([]*runtimea
 // ids is nil, each with its running containers.
 func (s *Service) SandboxStats(ctx context.Context, ids []string) ([]*runtimeapi.PodSandboxStats, error) {
 	s.statsUsed()
+	wait := time.Now().Add(layerWait)
 	sbs := s.readySandboxes(ids)
 	byPod := s.runningByPod()
 	out := make([]*runtimeapi.PodSandboxStats, len(sbs))
 	err := s.measureEach(ctx, len(sbs), func(ctx context.Context, i int) (err error) {
-		out[i], err = s.sandboxStats(ctx, sbs[i], byPod[sbs[i].get().ID])
+		out[i], err = s.sandboxStats(ctx, sbs[i], byPod[sbs[i].get().ID], wait)
 		return err
 	})
 	if err != nil {

@@ -7,9 +7,9 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// containerStats measures one running container.
-func (s *Service) containerStats(ctx context.Context, c *container) (*runtimeapi.ContainerStats, error) {
-	wait := time.Now().Add(layerWait)
+// containerStats measures one running container. It waits until wait for a
+// writable layer that was never measured.
+func (s *Service) containerStats(ctx context.Context, c *container, wait time.Time) (*runtimeapi.ContainerStats, error) {
 	v := c.get()
 	m, err := s.measureContainer(ctx, c, s.statsPeriod())
 	if err != nil {
@@ -32,14 +32,14 @@ func (s *Service) containerStats(ctx context.Context, c *container) (*runtimeapi
 }
 
 // sandboxStats measures one sandbox with its running containers.
-func (s *Service) sandboxStats(ctx context.Context, sb *sandbox, cs []*container) (*runtimeapi.PodSandboxStats, error) {
+func (s *Service) sandboxStats(ctx context.Context, sb *sandbox, cs []*container, wait time.Time) (*runtimeapi.PodSandboxStats, error) {
 	v := sb.get()
 	st := &runtimeapi.LinuxPodSandboxStats{}
 	sum := usage{}
 	var sumCores amount
 	var processes amount
 	for _, c := range cs {
-		one, err := s.containerStats(ctx, c)
+		one, err := s.containerStats(ctx, c, wait)
 		if err != nil {
 			if err := s.leftOut(ctx, c, err); err != nil {
 				return nil, err
@@ -57,8 +57,8 @@ func (s *Service) sandboxStats(ctx context.Context, sb *sandbox, cs []*container
 		s.log.Debug("pod cgroup left out of statistics", "sandbox", v.ID, "err", err)
 	}
 	if ok {
-		if n, err := cgroupRoot().processes(podCgroup(sb)); err == nil {
-			processes = known(n)
+		if pids, err := cgroupRoot().pids(podCgroup(sb)); err == nil {
+			processes = known(uint64(len(pids)))
 		}
 	} else {
 		whole = sample{at: time.Now(), usage: sum, cores: sumCores}

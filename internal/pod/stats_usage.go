@@ -219,7 +219,9 @@ func (u *usage) memoryV2(m *cgroup2.MemoryStat) {
 	u.memoryLimit, u.memoryTold = limit(m.UsageLimit), true
 	u.rss, u.cache, u.mapped = known(m.Anon), known(m.File), known(m.FileMapped)
 	u.kernel = known(m.KernelStack + m.Slab)
+	// Version 2 counts a group with those below it and nothing else.
 	u.faults, u.majorFaults = known(m.Pgfault), known(m.Pgmajfault)
+	u.ownFaults, u.ownMajorFaults = u.faults, u.majorFaults
 	if m.MaxUsage > 0 { // kernels before 5.19 do not tell
 		u.memoryMax = known(m.MaxUsage)
 	}

@@ -23,6 +23,8 @@ type sandboxRecord struct {
 	Sysctls     map[string]string
 	SharePID    bool
 	UIDs, GIDs  []idMapping
+	// SELinux labels of the pod's processes and mounts; empty where it is off.
+	ProcessLabel, MountLabel string
 }
 
 // containerRecord is what pods.db keeps of a container.

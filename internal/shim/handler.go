@@ -47,6 +47,18 @@ func (r Runtime) resident() bool {
 	return r.Type == containerType && r.Path == "" && !r.ForceExternal
 }
 
+// Found gives a handler for each OCI runtime in PATH: what a node has whose
+// administrator configured none.
+func Found() map[string]Runtime {
+	found := map[string]Runtime{}
+	for handler, program := range map[string]string{"runc": "runc", "crun": "crun", "gvisor": "runsc"} {
+		if _, err := exec.LookPath(program); err == nil {
+			found[handler] = Runtime{Type: containerType, Binary: program}
+		}
+	}
+	return found
+}
+
 // Features is what a probe found a handler able to do.
 type Features struct {
 	Works             bool

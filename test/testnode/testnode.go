@@ -92,6 +92,10 @@ func Start(ctx context.Context, opts Options) (*Node, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Pods with a user namespace of their own pass through it to their root.
+	if err := os.Chmod(dir, 0o711); err != nil {
+		return nil, err
+	}
 	n := &Node{Dir: dir, Socket: filepath.Join(dir, "cri.sock"), opts: opts, bridge: filepath.Base(dir)}
 	if len(n.bridge) > 15 {
 		n.bridge = n.bridge[:15]

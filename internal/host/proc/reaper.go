@@ -230,7 +230,7 @@ func (r *Reaper) Start(c Command, exited func(Exit)) (pid int, err error) {
 	return pid, nil
 }
 
-// Run runs c to its end. When ctx ends first, the command is killed and
+// RunCommand runs c to its end. When ctx ends first, the command is killed and
 // awaited, and the context's error is returned.
 func (r *Reaper) RunCommand(ctx context.Context, c Command) (Exit, error) {
 	if err := ctx.Err(); err != nil {
@@ -241,6 +241,12 @@ func (r *Reaper) RunCommand(ctx context.Context, c Command) (Exit, error) {
 	if err != nil {
 		return Exit{}, err
 	}
+	return r.Await(ctx, c, pid, ended)
+}
+
+// Await waits for a command that Start began and whose exit goes to ended,
+// which must be buffered.
+func (r *Reaper) Await(ctx context.Context, c Command, pid int, ended <-chan Exit) (Exit, error) {
 	select {
 	case e := <-ended:
 		return e, nil

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 
+	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -93,8 +94,8 @@ func (n *NetNS) inside(fn func(*netlink.Handle) error) error {
 // RemoveInside deletes an interface by its name in the namespace;
 // fs.ErrNotExist if there is none.
 func (n *Node) RemoveInside(ns *NetNS, name string) error {
-	if id, err := ns.identity(); err != nil || id == n.self {
-		return err // the node's own interfaces are not a pod's
+	if n.Own(ns) {
+		return fmt.Errorf("%s is the node's own network namespace: %w", ns.Path(), errdefs.ErrInvalidArgument)
 	}
 	return ns.inside(func(h *netlink.Handle) error {
 		l, err := h.LinkByName(name)

@@ -76,6 +76,13 @@ func (n *Node) Close() error {
 	return nil
 }
 
+// Own tells whether a namespace is the node's: nothing that is meant for a pod
+// may be done there.
+func (n *Node) Own(ns *NetNS) bool {
+	id, err := ns.identity()
+	return err == nil && id == n.self
+}
+
 // Settle waits until the interfaces that Remove cut off are gone.
 func (n *Node) Settle(ctx context.Context) error { return n.reaper.wait(ctx) }
 

@@ -71,10 +71,7 @@ func MACFor(a netip.Addr) net.HardwareAddr {
 // AddVeth makes the pair and sets up the pod's end, and its loopback. On error
 // nothing stays.
 func (n *Node) AddVeth(ns *NetNS, c VethConfig) (v Veth, err error) {
-	// Nothing that is meant for a pod may be done on the node.
-	if id, err := ns.identity(); err != nil {
-		return Veth{}, err
-	} else if id == n.self {
+	if n.Own(ns) {
 		return Veth{}, fmt.Errorf("%s is the node's own network namespace: %w", ns.Path(), errdefs.ErrInvalidArgument)
 	}
 	if err := n.newVeth(ns, c); err != nil {

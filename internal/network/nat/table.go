@@ -207,6 +207,9 @@ func (t *table) commit(ctx context.Context, del, add []element) error {
 		if err := t.ensureWhole(); err != nil {
 			return err
 		}
+		if len(del)+len(add) == 0 {
+			return nil
+		}
 		err := t.w.commit(t.name, t.gen, del, add)
 		if errors.Is(err, errStale) {
 			t.whole = false

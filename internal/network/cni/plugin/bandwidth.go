@@ -17,7 +17,7 @@ type bandwidth struct{ *Set }
 
 type bandwidthConf struct {
 	types.PluginConf
-	*bandwidthLimits
+	bandwidthLimits
 	RuntimeConfig struct {
 		Bandwidth *bandwidthLimits `json:"bandwidth"`
 	} `json:"runtimeConfig"`
@@ -37,19 +37,16 @@ func (p bandwidth) conf(c Call) (bandwidthConf, bandwidthLimits, *types100.Resul
 	if err != nil {
 		return conf, bandwidthLimits{}, nil, err
 	}
-	limits := conf.bandwidthLimits
-	if limits == nil {
-		limits = conf.RuntimeConfig.Bandwidth
-	}
-	if limits == nil {
-		return conf, bandwidthLimits{}, prev, nil
+	limits := conf.bandwidthLimits // those of the file go before the pod's
+	if b := conf.RuntimeConfig.Bandwidth; b != nil && limits == (bandwidthLimits{}) {
+		limits = *b
 	}
 	for _, pair := range [][2]uint64{{limits.IngressRate, limits.IngressBurst}, {limits.EgressRate, limits.EgressBurst}} {
 		if (pair[0] == 0) != (pair[1] == 0) {
-			return conf, *limits, prev, types.NewError(types.ErrInvalidNetworkConfig, "bandwidth: a rate and its burst go together", "")
+			return conf, limits, prev, types.NewError(types.ErrInvalidNetworkConfig, "bandwidth: a rate and its burst go together", "")
 		}
 	}
-	return conf, *limits, prev, nil
+	return conf, limits, prev, nil
 }
 
 // ifb names the intermediate interface as the program does.

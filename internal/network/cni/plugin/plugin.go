@@ -56,7 +56,9 @@ type kind interface {
 
 // Optional abilities, of version 1.1.0 of the specification.
 type (
-	statuser  interface{ status(context.Context, Call) error }
+	statuser interface {
+		status(context.Context, Call) error
+	}
 	collector interface {
 		gc(context.Context, Call, []types.GCAttachment) error
 	}
@@ -64,16 +66,17 @@ type (
 
 // Set is the plugins that this process has.
 type Set struct {
-	node   *link.Node
-	rules  nat.Rules
-	log    *slog.Logger
-	stores *stores
-	kinds  map[string]kind
+	node    *link.Node
+	rules   nat.Rules
+	forward *nat.Forward
+	log     *slog.Logger
+	stores  *stores
+	kinds   map[string]kind
 }
 
 // New makes the plugins work on the node.
 func New(node *link.Node, rules nat.Rules, log *slog.Logger) *Set {
-	s := &Set{node: node, rules: rules, log: log, stores: newStores()}
+	s := &Set{node: node, rules: rules, forward: nat.NewForward(log), log: log, stores: newStores()}
 	s.kinds = map[string]kind{
 		"loopback":   loopback{s},
 		"bridge":     bridge{s},
@@ -336,4 +339,16 @@ func (s *Set) masquerade(ctx context.Context, c Call, res *types100.Result) erro
 		g.Masquerade = append(g.Masquerade, p)
 	}
 	return s.rules.Add(ctx, c.owner("masq"), g, true)
+}
+
+// Forget takes away what the plugins may have made for a container when nobody
+// knows any more how it was configured.
+func (s *Set) Forget(ctx context.Context, id, ifName string) error {
+	c := Call{ContainerID: id, IfName: ifName}
+	errs := []error{
+		s.removePair(ctx, c),
+		s.rules.Remove(ctx, c.owner("portmap")),
+		s.forward.Revoke(ctx, c.owner("firewall")),
+	}
+	return errors.Join(append(errs, s.stores.releaseEverywhere(ctx, id))...)
 }

@@ -2,6 +2,7 @@ package plugin
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -251,13 +252,21 @@ func readHolder(path string) (holder, error) {
 	return holder{id, ifName}, nil
 }
 
-// Holders lists the containers that have an address in any network below
-// dataDir ("": the default), and the networks they have it in.
-func Holders(dataDir string) (map[string][]string, error) {
-	if dataDir == "" {
-		dataDir = defaultDataDir
+// Holders lists the containers that have an address in each network of a
+// host-local configuration's data folder.
+func Holders(conf []byte) (map[string][]string, error) {
+	var c struct {
+		IPAM struct {
+			DataDir string `json:"dataDir"`
+		} `json:"ipam"`
 	}
-	networks, err := os.ReadDir(dataDir)
+	if err := json.Unmarshal(conf, &c); err != nil {
+		return nil, fmt.Errorf("host-local: %w", err)
+	}
+	if c.IPAM.DataDir == "" {
+		c.IPAM.DataDir = defaultDataDir
+	}
+	networks, err := os.ReadDir(c.IPAM.DataDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -269,13 +278,50 @@ func Holders(dataDir string) (map[string][]string, error) {
 		if !n.IsDir() {
 			continue
 		}
-		byID, err := readHolders(filepath.Join(dataDir, n.Name()))
+		byID, err := readHolders(filepath.Join(c.IPAM.DataDir, n.Name()))
 		if err != nil {
 			return nil, err
 		}
 		for h := range byID {
-			out[h.id] = append(out[h.id], n.Name())
+			out[n.Name()] = append(out[n.Name()], h.id)
 		}
 	}
 	return out, nil
+}
+
+// releaseEverywhere gives back all addresses of a container in host-local's
+// usual folder, whatever the network.
+func (s *stores) releaseEverywhere(ctx context.Context, id string) error {
+	networks, err := os.ReadDir(defaultDataDir)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("host-local: %w", err)
+	}
+	var errs []error
+	for _, n := range networks {
+		if n.IsDir() {
+			errs = append(errs, s.releaseAll(ctx, n.Name(), id))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (s *stores) releaseAll(ctx context.Context, network, id string) error {
+	st, err := s.open(ctx, "", network)
+	if err != nil {
+		return err
+	}
+	defer st.Close()
+	if err := st.Lock(); err != nil {
+		return err
+	}
+	var errs []error
+	for _, h := range st.holders() {
+		if h.id == id {
+			errs = append(errs, st.ReleaseByID(h.id, h.ifName))
+		}
+	}
+	return errors.Join(append(errs, st.Unlock())...)
 }

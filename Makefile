@@ -1,0 +1,86 @@
+# Two commands matter on a fresh Debian machine with Go: make demo, make test.
+
+PREFIX  ?= /usr/local
+CACHE   ?= $(CURDIR)/.cache
+TOOLS   := $(CACHE)/bin
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+
+GO         ?= go
+GOFLAGS_RELEASE := -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
+
+GOLANGCI_LINT     := v2.15.0
+PROTOC_GEN_GO     := v1.36.12
+PROTOC_GEN_GRPC   := v1.5.1
+PROTOC_GEN_TTRPC  := v1.2.10
+
+.PHONY: all build demo test unit conformance lint bench fault e2e fuzz generate install clean help
+
+all: build
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: ## bin/cloister and bin/cloister-shim
+	CGO_ENABLED=0 $(GO) build $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister ./cmd/cloister-shim
+
+demo: ## a pod from an image to its removal, on a private daemon, with times
+	@test/setup oci go
+	@$(GO) run ./test/demo
+
+test: ## everything that has to pass: unit, integration (as root), conformance
+	@test/setup oci cgo iptables
+	$(MAKE) build unit conformance
+
+unit: build
+	$(GO) vet ./...
+	CLOISTER_BIN=$(CURDIR)/bin $(GO) test -race -timeout 20m ./...
+	cd test/registry && $(GO) vet ./... && $(GO) test -race ./...
+
+conformance: build ## the public CRI validation suite, offline, against a private daemon
+	test/conformance/run
+
+lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT) ## golangci-lint, see .golangci.yml
+	$< run ./...
+
+$(TOOLS)/golangci-lint-$(GOLANGCI_LINT):
+	GOBIN=$(TOOLS) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT)
+	mv $(TOOLS)/golangci-lint $@
+
+bench: build ## one table: containerd v2.4.2 and Cloister in the same run
+	@test/setup oci cgo
+	test/bench/run
+
+fault: build ## kill -9 of daemon and shim under load; leaks after 500 pods
+	@test/setup oci
+	cd test/fault && $(GO) test -count=1 -timeout 60m -v ./...
+
+e2e: build ## a Kubernetes control plane and kubelet on this daemon
+	@test/setup oci cgo
+	test/e2e/run
+
+FUZZTIME ?= 30s
+fuzz: ## every fuzz target for FUZZTIME each
+	@set -e; for pkg in $$($(GO) list ./...); do \
+	  for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
+	    echo "== $$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$pkg; \
+	  done; done
+
+generate: ## Go code out of the .proto files under api/
+	@test/setup protoc
+	GOBIN=$(TOOLS) $(GO) install google.golang.org/protobuf/cmd/protoc-gen-go@$(PROTOC_GEN_GO)
+	GOBIN=$(TOOLS) $(GO) install google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GRPC)
+	GOBIN=$(TOOLS) $(GO) install github.com/containerd/ttrpc/cmd/protoc-gen-go-ttrpc@$(PROTOC_GEN_TTRPC)
+	PATH=$(TOOLS):$$PATH protoc -I api -I /usr/include --go_out=. --go_opt=module=cloister.dev \
+	  --go-grpc_out=. --go-grpc_opt=module=cloister.dev debug/v1/debug.proto
+	PATH=$(TOOLS):$$PATH protoc -I api -I /usr/include --go_out=. --go_opt=module=cloister.dev \
+	  --go-ttrpc_out=. --go-ttrpc_opt=module=cloister.dev host/v1/host.proto
+
+install: build ## into PREFIX (/usr/local), with the systemd unit and shell completion
+	install -D -m 0755 bin/cloister $(DESTDIR)$(PREFIX)/bin/cloister
+	install -D -m 0755 bin/cloister-shim $(DESTDIR)$(PREFIX)/bin/cloister-shim
+	install -d $(DESTDIR)/etc/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	sed 's|@PREFIX@|$(PREFIX)|' deploy/cloister.service >$(DESTDIR)/etc/systemd/system/cloister.service
+	bin/cloister completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/cloister
+
+clean: ## remove what was built; the download caches stay
+	rm -rf bin

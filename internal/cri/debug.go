@@ -1,0 +1,88 @@
+package cri
+
+import (
+	"context"
+
+	"google.golang.org/grpc"
+
+	debugv1 "cloister.dev/api/debug/v1"
+	"cloister.dev/internal/image"
+	"cloister.dev/internal/pod"
+)
+
+// Checker compares what the pod service knows with what is on the machine.
+type Checker interface {
+	Fsck(ctx context.Context, repair bool) ([]pod.Finding, error)
+}
+
+// Watcher follows pulls.
+type Watcher interface {
+	Watch(ctx context.Context, ref string, tell func(image.Progress)) error
+}
+
+// Debug is the service for Cloister's own command line, on CRI's socket.
+type Debug struct {
+	debugv1.UnimplementedDebugServer
+	Pods   Checker
+	Images Watcher
+}
+
+// Register adds the service to g.
+func (d *Debug) Register(g *grpc.Server) { debugv1.RegisterDebugServer(g, d) }
+
+// Fsck lists, and with repair removes, what has no owner.
+func (d *Debug) Fsck(ctx context.Context, r *debugv1.FsckRequest) (*debugv1.FsckResponse, error) {
+	found, err := d.Pods.Fsck(ctx, r.GetRepair())
+	if err != nil {
+		return nil, err
+	}
+	resp := &debugv1.FsckResponse{}
+	for _, f := range found {
+		resp.Findings = append(resp.Findings, &debugv1.Finding{Kind: f.Kind, Id: f.ID, Path: f.Path, Detail: f.Detail, Repaired: f.Repaired, Error: f.Err})
+	}
+	return resp, nil
+}
+
+// PullProgress follows one pull. Pictures that the client does not take in
+// time are overtaken by newer ones.
+func (d *Debug) PullProgress(r *debugv1.PullProgressRequest, out grpc.ServerStreamingServer[debugv1.PullProgressResponse]) error {
+	latest := make(chan image.Progress, 1)
+	done := make(chan error, 1)
+	go func() {
+		done <- d.Images.Watch(out.Context(), r.GetRef(), func(p image.Progress) {
+			select {
+			case <-latest:
+			default:
+			}
+			latest <- p // only this goroutine's tracker sends
+		})
+	}()
+	for {
+		select {
+		case p := <-latest:
+			if err := out.Send(pullProgress(p)); err != nil {
+				<-done // the stream's context is over
+				return err
+			}
+		case err := <-done:
+			select {
+			case p := <-latest:
+				return out.Send(pullProgress(p))
+			default:
+				return err
+			}
+		}
+	}
+}
+
+func pullProgress(p image.Progress) *debugv1.PullProgressResponse {
+	states := map[image.LayerState]debugv1.Layer_State{
+		image.LayerWaiting: debugv1.Layer_WAITING, image.LayerDownloading: debugv1.Layer_DOWNLOADING,
+		image.LayerDownloaded: debugv1.Layer_DOWNLOADED, image.LayerExtracting: debugv1.Layer_UNPACKING, image.LayerDone: debugv1.Layer_DONE,
+	}
+	resp := &debugv1.PullProgressResponse{}
+	for _, l := range p.Layers {
+		resp.Layers = append(resp.Layers, &debugv1.Layer{Digest: l.Digest.String(), State: states[l.State], Offset: l.Offset, Total: l.Total})
+	}
+	return resp
+}

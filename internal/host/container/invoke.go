@@ -1,0 +1,140 @@
+package container
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/proc"
+)
+
+// invocation is one execution of an OCI runtime.
+type invocation struct {
+	verb    string
+	args    []string
+	streams host.Streams
+}
+
+// commandTime bounds an invocation whose caller set no earlier deadline.
+const commandTime = 2 * time.Minute
+
+// command runs the runtime for a task.
+func (b *Backend) command(ctx context.Context, t *host.TaskSpec, i invocation) error {
+	r, err := b.runtime(t.Runtime.Binary)
+	if err != nil {
+		return err
+	}
+	if err := b.learn(ctx, r); err != nil {
+		return err
+	}
+	return b.invoke(ctx, r, t.Runtime, t.Dir, i)
+}
+
+// invoke runs the runtime and reports its failure in its own words.
+func (b *Backend) invoke(ctx context.Context, r *ociRuntime, o host.Runtime, dir string, i invocation) error {
+	ctx, cancel := context.WithTimeout(ctx, commandTime)
+	defer cancel()
+	root := b.root(r, o.Root)
+	if err := os.MkdirAll(root, 0o711); err != nil {
+		return fmt.Errorf("make the runtime's folder: %w", err)
+	}
+	log, err := os.CreateTemp(dir, "backend-log-")
+	if err != nil {
+		return fmt.Errorf("make the runtime's log: %w", err)
+	}
+	defer os.Remove(log.Name())
+	defer log.Close()
+	args := []string{r.path, "--root", root, "--log", log.Name(), "--log-format", "json"}
+	if o.SystemdCgroup {
+		args = append(args, "--systemd-cgroup")
+	}
+	args = append(append(args, i.verb), i.args...)
+	cmd := proc.Command{Path: r.path, Args: args, Env: os.Environ(), Dir: dir,
+		Files: [3]*os.File{i.streams.Stdin, i.streams.Stdout, i.streams.Stderr}}
+	exit, err := b.run(ctx, r, cmd)
+	if err != nil {
+		return fmt.Errorf("%s %s: %w", filepath.Base(r.path), i.verb, err)
+	}
+	if exit.Status != 0 {
+		return runtimeError(r, i.verb, exit, log)
+	}
+	return nil
+}
+
+// runtimeError makes an error of what a failed runtime logged.
+func runtimeError(r *ociRuntime, verb string, exit proc.Exit, log *os.File) error {
+	said := lastError(log)
+	if said == "" {
+		said = fmt.Sprintf("ended with status %d and said nothing", exit.Status)
+	}
+	return fmt.Errorf("%s %s: %s: %w", filepath.Base(r.path), verb, said, kind(said))
+}
+
+// maxLogged bounds what is read of a runtime's log.
+const maxLogged = 64 << 10
+
+// lastError finds the last message of level error, or else the last one.
+func lastError(log *os.File) string {
+	buf := make([]byte, maxLogged)
+	n, _ := log.ReadAt(buf, 0)
+	var last, lastErr string
+	sc := bufio.NewScanner(bytes.NewReader(buf[:n]))
+	sc.Buffer(nil, maxLogged)
+	for sc.Scan() {
+		var line struct{ Level, Msg string }
+		if json.Unmarshal(sc.Bytes(), &line) != nil || line.Msg == "" {
+			continue
+		}
+		last = line.Msg
+		if line.Level == "error" || line.Level == "fatal" {
+			lastErr = line.Msg
+		}
+	}
+	if lastErr == "" {
+		lastErr = last
+	}
+	return strings.TrimSpace(lastErr)
+}
+
+// kind classifies a runtime's complaint. Runtimes have one exit status for
+// everything, so their words are all there is; an unknown wording only makes
+// the code of the error less telling.
+func kind(said string) error {
+	for _, k := range []struct {
+		words string
+		err   error
+	}{
+		{"executable file not found", errdefs.ErrNotFound},
+		{"executable file `", errdefs.ErrNotFound}, // crun
+		{"exec format error", errdefs.ErrInvalidArgument},
+		{"permission denied", errdefs.ErrPermissionDenied},
+		{"no such file or directory", errdefs.ErrNotFound},
+		{"unsupported", errdefs.ErrFailedPrecondition},
+	} {
+		if strings.Contains(strings.ToLower(said), k.words) {
+			return k.err
+		}
+	}
+	return errdefs.ErrUnknown
+}
+
+// run executes cmd, in a mount namespace without the unified cgroup hierarchy
+// for runtimes that need it so.
+func (b *Backend) run(ctx context.Context, r *ociRuntime, cmd proc.Command) (exit proc.Exit, err error) {
+	if !r.hideUnified {
+		return b.reaper.RunCommand(ctx, cmd)
+	}
+	return b.runHidden(ctx, cmd)
+}
+
+var errNoConsole = errors.New("the runtime sent no terminal")
