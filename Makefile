@@ -65,7 +65,8 @@ fuzz: ## every fuzz target for FUZZTIME each
 	    echo "== $$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$pkg; \
 	  done; done
 
-generate: ## Go code out of the .proto files under api/
+generate: ## Go code out of api/*.proto, docs/configuration.md out of internal/config
+	$(GO) run ./test/configdoc >docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
 	@test/setup protoc
 	GOBIN=$(TOOLS) $(GO) install google.golang.org/protobuf/cmd/protoc-gen-go@$(PROTOC_GEN_GO)
 	GOBIN=$(TOOLS) $(GO) install google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GRPC)

@@ -20,6 +20,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/opencontainers/selinux/go-selinux"
 	"google.golang.org/grpc"
+	"k8s.io/klog/v2"
 
 	"cloister.dev/internal/config"
 	"cloister.dev/internal/cri"
@@ -40,6 +41,8 @@ const stopTime = 10 * time.Second
 // runDaemon opens the services from the bottom up, serves until ctx ends, and
 // closes them from the top down. Pods are not touched by its end.
 func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (err error) {
+	// The streaming library reports every client that leaves as an error.
+	klog.SetSlogLogger(log.With("source", "streaming").WithGroup("klog"))
 	var open osutil.Undo // every service, newest closed first
 	defer func() {
 		end := errors.New("closing")
@@ -129,6 +132,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri
 	_, _ = daemon.SdNotify(false, daemon.SdNotifyStopping)
 	hard := time.AfterFunc(stopTime, g.Stop)
 	defer hard.Stop()
+	server.Shutdown() // ends event streams, which would never end by themselves
 	g.GracefulStop()
 	return nil
 }

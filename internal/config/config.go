@@ -232,8 +232,10 @@ type Streaming struct {
 
 // KeyPair names the files of a TLS certificate.
 type KeyPair struct {
+	// CertFile is the certificate, with its chain, as PEM.
 	CertFile string `toml:"tls_cert_file"`
-	KeyFile  string `toml:"tls_key_file"`
+	// KeyFile is the private key as PEM.
+	KeyFile string `toml:"tls_key_file"`
 }
 
 // Cloister is [cloister]: what containerd's file has no word for.

@@ -21,9 +21,6 @@ func grpcError(ctx context.Context, err error) error {
 	if err == nil {
 		return nil
 	}
-	if st, ok := status.FromError(err); ok && st.Code() != codes.Unknown {
-		return status.Error(st.Code(), errorText(err))
-	}
 	return status.Error(errorCode(ctx, err), errorText(err))
 }
 
@@ -59,6 +56,10 @@ func errorCode(ctx context.Context, err error) codes.Code {
 		return codes.DeadlineExceeded
 	case context.Canceled:
 		return codes.Canceled
+	}
+	// Below our own class, because it may be what a shim answered to us.
+	if st, ok := status.FromError(err); ok && st.Code() != codes.Unknown {
+		return st.Code()
 	}
 	switch {
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EMFILE), errors.Is(err, syscall.ENFILE), errors.Is(err, syscall.ENOMEM):

@@ -42,6 +42,7 @@ func TestErrorCodes(t *testing.T) {
 		"no class":       {err: wrap(errors.New("rubbish")), want: codes.Internal},
 		"client gone":    {ctx: cancelled, err: wrap(errors.New("rubbish")), want: codes.Canceled},
 		"failed to undo": {err: errors.Join(wrap(errdefs.ErrInvalidArgument), fmt.Errorf("undo: %w", errdefs.ErrNotFound)), want: codes.InvalidArgument},
+		"of a shim":      {err: fmt.Errorf("%w: %w", errdefs.ErrUnavailable, status.Error(codes.NotFound, "x")), want: codes.Unavailable},
 		"of gRPC":        {err: wrap(status.Error(codes.Aborted, "x")), want: codes.Aborted},
 	} {
 		ctx := tc.ctx

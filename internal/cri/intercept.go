@@ -10,7 +10,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -83,12 +82,10 @@ func (s *Server) note(ctx context.Context, call string, start time.Time, req, re
 		attrs = append(attrs, subject(resp)...)
 	} else {
 		st, _ := status.FromError(err)
-		attrs = append(attrs, slog.String("code", codeName(st.Code())), slog.String("error", st.Message()))
+		attrs = append(attrs, slog.String("code", st.Code().String()), slog.String("error", st.Message()))
 	}
 	s.log.LogAttrs(ctx, level, call, attrs...)
 }
-
-func codeName(c codes.Code) string { return c.String() }
 
 // subject names what a request or response is about.
 func subject(m any) []slog.Attr {

@@ -3,6 +3,7 @@ package pod
 import (
 	"context"
 	"fmt"
+	"math"
 	"time"
 )
 
@@ -51,7 +52,7 @@ func cores(from, to mark) amount {
 	if window < minWindow || window > maxWindow || to.cpu < from.cpu {
 		return amount{}
 	}
-	return known(uint64(float64(to.cpu-from.cpu) / window.Seconds()))
+	return known(uint64(math.Round(float64(to.cpu-from.cpu) / window.Seconds())))
 }
 
 // measureContainer gives a sample of the container that is younger than maxAge.

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -128,7 +129,7 @@ func run(ctx context.Context, path string, stdin []byte, environ []string) ([]by
 		case stdout.cut:
 			return nil, fmt.Errorf("plugin %s (%s) printed more than %d bytes", name, path, maxOutput)
 		}
-		if needsResult(environ) && !isObject(stdout.Bytes()) {
+		if needsResult(environ) && !isResult(stdout.Bytes()) {
 			return nil, fmt.Errorf("plugin %s (%s) printed %s instead of a CNI result: is it a CNI plugin, of a version that knows this configuration?",
 				name, path, excerpt(stdout.Bytes()))
 		}
@@ -168,6 +169,20 @@ func isObject(b []byte) bool {
 	return len(b) > 0 && b[0] == '{' && json.Valid(b)
 }
 
+// isResult tells whether it is worth to be parsed as a result: an object, with
+// no null where the library expects something.
+func isResult(b []byte) bool {
+	var shape struct {
+		Interfaces []json.RawMessage `json:"interfaces"`
+		IPs        []json.RawMessage `json:"ips"`
+		Routes     []json.RawMessage `json:"routes"`
+	}
+	if !isObject(b) || json.Unmarshal(b, &shape) != nil {
+		return false
+	}
+	return !slices.ContainsFunc(slices.Concat(shape.Interfaces, shape.IPs, shape.Routes), func(m json.RawMessage) bool { return string(m) == "null" })
+}
+
 // excerpt quotes the beginning of what a program printed.
 func excerpt(b []byte) string {
 	const most = 300
@@ -179,16 +194,18 @@ func excerpt(b []byte) string {
 
 // limited keeps the beginning of what is written to it.
 type limited struct {
-	bytes.Buffer
+	buf bytes.Buffer // not embedded: its ReadFrom would know no limit
 	max int
 	cut bool
 }
 
+func (l *limited) Bytes() []byte { return l.buf.Bytes() }
+
 func (l *limited) Write(p []byte) (int, error) {
-	if room := l.max - l.Len(); room < len(p) {
+	room := max(l.max-l.buf.Len(), 0)
+	if room < len(p) {
 		l.cut = true
-		l.Buffer.Write(p[:max(room, 0)])
-		return len(p), nil
 	}
-	return l.Buffer.Write(p)
+	l.buf.Write(p[:min(room, len(p))])
+	return len(p), nil
 }

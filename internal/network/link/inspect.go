@@ -122,9 +122,6 @@ func (n *Node) RouteToPod(host string, index int, own, pod []netip.Addr) error {
 		addr := &netlink.Addr{IPNet: ipNet(netip.PrefixFrom(a, a.BitLen()))}
 		if a.Is6() {
 			addr.Flags = unix.IFA_F_NODAD
-			if err := ensureSysctl("/proc/sys/net/ipv6/conf/"+host+"/accept_dad", "0"); err != nil && !os.IsNotExist(err) {
-				return fmt.Errorf("turn off address detection on %s: %w", host, err)
-			}
 			if err := enableIPv6(host); err != nil {
 				return fmt.Errorf("enable IPv6 on %s: %w", host, err)
 			}
@@ -138,6 +135,32 @@ func (n *Node) RouteToPod(host string, index int, own, pod []netip.Addr) error {
 		if err := n.h.RouteAdd(r); err != nil && !errors.Is(err, unix.EEXIST) {
 			return fmt.Errorf("add route to %s over %s: %w", a, host, err)
 		}
+	}
+	return nil
+}
+
+// Hairpin lets packets leave by the bridge port that they came in by, where
+// that is how a pod reaches a port that it publishes itself: the node filters
+// bridged packets (br_netfilter), and so rewrites them on the bridge. Anything
+// but a bridge port is left alone.
+func (n *Node) Hairpin(name string) error {
+	on := false
+	for _, key := range []string{"bridge-nf-call-iptables", "bridge-nf-call-ip6tables"} {
+		b, err := os.ReadFile("/proc/sys/net/bridge/" + key)
+		on = on || err == nil && len(b) > 0 && b[0] == '1'
+	}
+	if !on {
+		return nil
+	}
+	l, err := n.h.LinkByName(name)
+	if err != nil {
+		return fmt.Errorf("look up interface %s: %w", name, err)
+	}
+	if l.Attrs().Slave == nil || l.Attrs().Slave.SlaveType() != "bridge" {
+		return nil
+	}
+	if err := n.h.LinkSetHairpin(l, true); err != nil {
+		return fmt.Errorf("set hairpin on %s: %w", name, err)
 	}
 	return nil
 }

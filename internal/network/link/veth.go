@@ -88,6 +88,16 @@ func (n *Node) AddVeth(ns *NetNS, c VethConfig) (v Veth, err error) {
 	}
 	a := host.Attrs()
 	v = Veth{HostIndex: a.Index, PodIndex: a.ParentIndex, HostMAC: a.HardwareAddr, PodMAC: c.PodMAC, MTU: a.MTU}
+	if c.Bridge == 0 {
+		// The node talks over this end itself: its link-local address must be
+		// good at once, so detection is off before the interface is up.
+		if err := ensureSysctl("/proc/sys/net/ipv6/conf/"+c.Host+"/accept_dad", "0"); err != nil && !os.IsNotExist(err) {
+			return Veth{}, fmt.Errorf("turn off address detection on %s: %w", c.Host, err)
+		}
+		if err := n.h.LinkSetUp(host); err != nil {
+			return Veth{}, fmt.Errorf("set %s up: %w", c.Host, err)
+		}
+	}
 	if c.Hairpin {
 		if err := n.h.LinkSetHairpin(host, true); err != nil {
 			return Veth{}, fmt.Errorf("set hairpin on %s: %w", c.Host, err)
@@ -148,7 +158,9 @@ func (n *Node) newVeth(ns *NetNS, c VethConfig) error {
 func (n *Node) sendNewVeth(ns *NetNS, c VethConfig) error {
 	req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	msg.Change, msg.Flags = unix.IFF_UP, unix.IFF_UP
+	if c.Bridge > 0 {
+		msg.Change, msg.Flags = unix.IFF_UP, unix.IFF_UP
+	}
 	req.AddData(msg)
 	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(c.Host)))
 	if c.MTU > 0 {

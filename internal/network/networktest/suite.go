@@ -31,7 +31,7 @@ type Subject struct {
 	Open func(t testing.TB, dir string) network.Attacher
 	// State lists folders beside dir that hold allocations, to be compared.
 	State []string
-	// Bridge is removed to see it come back.
+	// Bridge is removed to see it come back; "": there is none.
 	Bridge string
 }
 
@@ -517,6 +517,9 @@ func testRulesFlushed(e *env) {
 
 func testBridgeRemoved(e *env) {
 	t := e.t
+	if e.s.Bridge == "" {
+		return // no bridge, nothing to come back
+	}
 	e.attach("old")
 	l, err := netlink.LinkByName(e.s.Bridge)
 	if err != nil {

@@ -119,6 +119,13 @@ func (p portmap) add(ctx context.Context, c Call) (types.Result, error) {
 	if err := p.rules.Add(ctx, c.owner("portmap"), g, true); err != nil {
 		return nil, err
 	}
+	for _, i := range prev.Interfaces {
+		if i.Sandbox == "" && (conf.SNAT == nil || *conf.SNAT) {
+			if err := p.node.Hairpin(i.Name); err != nil {
+				return nil, err
+			}
+		}
+	}
 	for _, port := range g.Ports {
 		if !port.NoSNAT && port.Target.Addr().Is4() {
 			iface, err := p.node.InterfaceTo(port.Target.Addr())
