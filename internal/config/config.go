@@ -94,9 +94,9 @@ type Images struct {
 
 // RuntimePlatform is one table of Images.RuntimePlatforms.
 type RuntimePlatform struct {
-	// Platform as os/arch[/variant]; empty is the node's own.
+	// Platform is written os/arch[/variant]; empty is the node's own.
 	Platform string `toml:"platform"`
-	// Snapshotter for images of this handler; empty is Images.Snapshotter.
+	// Snapshotter keeps the images of this handler; empty is Images.Snapshotter.
 	Snapshotter string `toml:"snapshotter"`
 }
 
@@ -136,7 +136,7 @@ type Runtime struct {
 	DeviceOwnershipFromSecurityContext bool `toml:"device_ownership_from_security_context"`
 	// IgnoreImageDefinedVolumes makes nothing of an image's VOLUME lines.
 	IgnoreImageDefinedVolumes bool `toml:"ignore_image_defined_volumes"`
-	// NetNSMountsUnderStateDir pins network namespaces under State; otherwise under /run/netns.
+	// NetNSMountsUnderStateDir pins network namespaces under the state folder; otherwise under /run/netns.
 	NetNSMountsUnderStateDir bool `toml:"netns_mounts_under_state_dir"`
 	// EnableUnprivilegedPorts lets any user of a pod with its own network bind ports below 1024.
 	EnableUnprivilegedPorts bool `toml:"enable_unprivileged_ports"`
@@ -157,7 +157,7 @@ type Runtime struct {
 type CNI struct {
 	// BinDirs are the folders with plugin programs, the first hit wins.
 	BinDirs []string `toml:"bin_dirs"`
-	// BinDir is the older form with one folder; Load moves it into BinDirs.
+	// BinDir is the older form with one folder in place of BinDirs.
 	BinDir string `toml:"bin_dir"`
 	// ConfDir is the folder with *.conflist and *.conf files, watched for changes.
 	ConfDir string `toml:"conf_dir"`
@@ -187,7 +187,7 @@ type Handler struct {
 	RuntimeType string `toml:"runtime_type"`
 	// RuntimePath is the shim's program; it overrides the search by RuntimeType.
 	RuntimePath string `toml:"runtime_path"`
-	// Snapshotter for containers of this handler; empty is Images.Snapshotter.
+	// Snapshotter keeps the containers of this handler; empty is Images.Snapshotter.
 	Snapshotter string `toml:"snapshotter"`
 	// PodAnnotations are globs of pod annotations that are passed into OCI specs.
 	PodAnnotations []string `toml:"pod_annotations"`
@@ -211,17 +211,18 @@ type Handler struct {
 	Sandboxer string `toml:"sandboxer"`
 	// IOType is how an external shim's streams travel; only "fifo" (also "") is there.
 	IOType string `toml:"io_type"`
-	// Options is the table options as it was written. RuncOptions and
-	// ShimOptions give it types.
+	// Options are the shim's own, as they were written. For runc's shim: BinaryName,
+	// Root, SystemdCgroup, NoNewKeyring, ShimCgroup, IoUid, IoGid. For any other:
+	// TypeUrl, ConfigPath, ConfigBody.
 	Options map[string]any `toml:"options"`
 }
 
 // Streaming is [plugins."io.containerd.grpc.v1.cri"]: the server that exec,
 // attach and port-forward are redirected to.
 type Streaming struct {
-	// Address that is listened on; empty finds the node's own address.
+	// Address is what is listened on; empty finds the node's own address.
 	Address string `toml:"stream_server_address"`
-	// Port that is listened on; "0" takes a free one.
+	// Port is what is listened on; "0" takes a free one.
 	Port string `toml:"stream_server_port"`
 	// IdleTimeout closes a connection on which nothing moved for so long.
 	IdleTimeout Duration `toml:"stream_idle_timeout"`

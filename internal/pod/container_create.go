@@ -60,17 +60,17 @@ func (s *Service) newContainer(sb *sandbox, id, hash string, cfg *runtimeapi.Con
 			Resources: &runtimeapi.ContainerResources{Linux: cfg.GetLinux().GetResources()},
 		},
 	}
-	snap := c.rec.Container
-	c.snap.Store(&snap)
+	first := c.rec
+	c.snap.Store(&first)
 	return c
 }
 
 func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Image, c *container, stage func(string)) (err error) {
-	id := c.rec.ID
+	id := c.record().ID
 	var undo osutil.Undo
 	defer undo.Run(ctx, &err)
 
-	logPath, err := oci.LogPath(c.rec.Config, sb.rec.Config)
+	logPath, err := oci.LogPath(c.record().Config, sb.record().Config)
 	if err != nil {
 		return err
 	}
@@ -97,7 +97,7 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 	if in.ImageVolumes, err = s.makeImageVolumes(ctx, c); err != nil {
 		return err
 	}
-	if in.Config, err = prepareMounts(c.rec.Config); err != nil {
+	if in.Config, err = prepareMounts(c.record().Config); err != nil {
 		return err
 	}
 	stage("writing the specification")
@@ -115,7 +115,7 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 	if err != nil {
 		return fmt.Errorf("encode the specification: %w", err)
 	}
-	if err := os.WriteFile(filepath.Join(c.rec.Bundle, "config.json"), spec, 0o600); err != nil {
+	if err := os.WriteFile(filepath.Join(c.record().Bundle, "config.json"), spec, 0o600); err != nil {
 		return fmt.Errorf("write the specification: %w", err)
 	}
 	s.index.addContainer(c)
@@ -126,10 +126,10 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 		return err
 	}
 	if sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
-		return fmt.Errorf("pod sandbox %.13s was stopped meanwhile: %w", sb.rec.ID, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("pod sandbox %.13s was stopped meanwhile: %w", sb.record().ID, errdefs.ErrFailedPrecondition)
 	}
 	undo.Release()
-	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, id, sb.rec.ID)
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, id, sb.record().ID)
 	return nil
 }
 
@@ -137,17 +137,17 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 // bundle, where the specification's user is looked up and the OCI runtime
 // finds it.
 func (s *Service) makeRootfs(ctx context.Context, sb *sandbox, c *container, img image.Image) (string, error) {
-	rootfs := filepath.Join(c.rec.Bundle, "rootfs")
-	for _, d := range []string{c.rec.Bundle, rootfs} {
+	rootfs := filepath.Join(c.record().Bundle, "rootfs")
+	for _, d := range []string{c.record().Bundle, rootfs} {
 		if err := os.Mkdir(d, 0o711); err != nil {
 			return "", fmt.Errorf("make the container's bundle: %w", err)
 		}
 	}
 	o := image.RootfsOptions{Snapshotter: sb.handler.Runtime.Snapshotter, Volatile: true,
-		UIDs: imageMappings(sb.rec.UIDs), GIDs: imageMappings(sb.rec.GIDs)}
-	mounts, err := s.o.Images.PrepareRootfs(ctx, c.rec.ID, img, o)
+		UIDs: imageMappings(sb.record().UIDs), GIDs: imageMappings(sb.record().GIDs)}
+	mounts, err := s.o.Images.PrepareRootfs(ctx, c.record().ID, img, o)
 	if err != nil {
-		return "", fmt.Errorf("root file system of container %q from image %s: %w", c.rec.Config.Metadata.Name, img.ID, err)
+		return "", fmt.Errorf("root file system of container %q from image %s: %w", c.record().Config.Metadata.Name, img.ID, err)
 	}
 	if err := mount.All(mounts, rootfs); err != nil {
 		return "", fmt.Errorf("mount the root file system: %w", err)
@@ -156,13 +156,13 @@ func (s *Service) makeRootfs(ctx context.Context, sb *sandbox, c *container, img
 }
 
 func (s *Service) specInput(sb *sandbox, c *container, img image.Image, rootfs string) oci.Input {
-	dir := s.podDir(sb.rec.ID)
+	dir := s.podDir(sb.record().ID)
 	f := sb.handler.Supports()
 	rt := sb.handler.Runtime
 	in := oci.Input{
-		ID: c.rec.ID, SandboxID: sb.rec.ID, Sandbox: sb.get().Config, Config: c.rec.Config,
-		Image: img.Config, ImageName: imageName(c.rec.Config), Rootfs: rootfs, Node: s.o.Node,
-		SandboxLabel: sb.rec.ProcessLabel,
+		ID: c.record().ID, SandboxID: sb.record().ID, Sandbox: sb.get().Config, Config: c.record().Config,
+		Image: img.Config, ImageName: imageName(c.record().Config), Rootfs: rootfs, Node: s.o.Node,
+		SandboxLabel: sb.record().ProcessLabel,
 		Namespaces:   s.containerNamespaces(sb, c),
 		Files: oci.Files{ResolvConf: filepath.Join(dir, "resolv.conf"), Hostname: filepath.Join(dir, "hostname"),
 			Hosts: filepath.Join(dir, "hosts"), Shm: filepath.Join(dir, "shm")},
@@ -178,8 +178,8 @@ func (s *Service) specInput(sb *sandbox, c *container, img image.Image, rootfs s
 }
 
 func (s *Service) containerNamespaces(sb *sandbox, c *container) oci.Namespaces {
-	n := sandboxNamespaces(s.podDir(sb.rec.ID), sb)
-	o := c.rec.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	n := sandboxNamespaces(s.podDir(sb.record().ID), sb)
+	o := c.record().Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	var ns oci.Namespaces
 	if n.net {
 		ns.Net = n.path("net")
@@ -192,7 +192,7 @@ func (s *Service) containerNamespaces(sb *sandbox, c *container) oci.Namespaces 
 	}
 	if n.user {
 		ns.User = n.path("user")
-		u := userNamespace(sb.rec.Config)
+		u := userNamespace(sb.record().Config)
 		ns.UIDs, ns.GIDs = u.Uids, u.Gids
 	}
 	switch o.GetPid() {

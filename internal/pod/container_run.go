@@ -27,14 +27,14 @@ func (s *Service) StartContainer(ctx context.Context, id string) error {
 	}
 	defer c.op.unlock()
 	if p := c.phase(); p != ready {
-		return fmt.Errorf("container %.13s is %s, only a created one can be started: %w", c.rec.ID, p.containerState(), errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("container %.13s is %s, only a created one can be started: %w", c.record().ID, p.containerState(), errdefs.ErrFailedPrecondition)
 	}
-	sb, err := s.index.sandbox(c.rec.SandboxID)
+	sb, err := s.index.sandbox(c.record().SandboxID)
 	if err != nil {
 		return err
 	}
 	if sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
-		return fmt.Errorf("pod sandbox %.13s of container %.13s is not ready: %w", c.rec.SandboxID, c.rec.ID, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("pod sandbox %.13s of container %.13s is not ready: %w", c.record().SandboxID, c.record().ID, errdefs.ErrFailedPrecondition)
 	}
 	// A start that the client gave up on is not undone: it either completes
 	// or fails, and the container's status tells which.
@@ -44,16 +44,16 @@ func (s *Service) StartContainer(ctx context.Context, id string) error {
 }
 
 func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container) error {
-	if c.rec.LogPath != "" {
-		if err := os.MkdirAll(filepath.Dir(c.rec.LogPath), 0o755); err != nil {
+	if c.record().LogPath != "" {
+		if err := os.MkdirAll(filepath.Dir(c.record().LogPath), 0o755); err != nil {
 			return fmt.Errorf("make the log folder: %w", err)
 		}
 	}
-	cfg := c.rec.Config
+	cfg := c.record().Config
 	pid, err := c.task(s).Start(ctx, shim.TaskRequest{
-		Bundle: c.rec.Bundle, Terminal: cfg.Tty, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,
-		LogPath: c.rec.LogPath, LogMaxLine: s.o.LogMaxLine,
-		IOUid: rootOf(sb.rec.UIDs), IOGid: rootOf(sb.rec.GIDs),
+		Bundle: c.record().Bundle, Terminal: cfg.Tty, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,
+		LogPath: c.record().LogPath, LogMaxLine: s.o.LogMaxLine,
+		IOUid: rootOf(sb.record().UIDs), IOGid: rootOf(sb.record().GIDs),
 	})
 	if err != nil {
 		return errors.Join(fmt.Errorf("start container %q: %w", cfg.Metadata.Name, err), s.noteFailedStart(c, err))
@@ -61,7 +61,7 @@ func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container)
 	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase, r.Pid, r.StartedAt = running, pid, time.Now() }); err != nil {
 		return err
 	}
-	s.emit(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, c.rec.ID, c.rec.SandboxID)
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, c.record().ID, c.record().SandboxID)
 	s.watch(c)
 	return nil
 }
@@ -77,7 +77,7 @@ func (s *Service) noteFailedStart(c *container, cause error) error {
 	})
 	close(c.ended)
 	close(c.deleted)
-	s.emit(runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT, c.rec.ID, c.rec.SandboxID)
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT, c.record().ID, c.record().SandboxID)
 	return err
 }
 
@@ -189,12 +189,12 @@ func (s *Service) stopContainer(ctx context.Context, c *container, timeout time.
 	}
 	t := c.task(s)
 	if timeout > 0 {
-		signal, err := oci.ParseSignal(c.rec.Signal)
+		signal, err := oci.ParseSignal(c.record().Signal)
 		if err != nil {
 			return err
 		}
 		if err := t.Kill(ctx, signal, false); err != nil {
-			return fmt.Errorf("signal container %.13s: %w", c.rec.ID, err)
+			return fmt.Errorf("signal container %.13s: %w", c.record().ID, err)
 		}
 		wait, cancel := context.WithTimeout(ctx, timeout)
 		defer cancel()
@@ -204,11 +204,11 @@ func (s *Service) stopContainer(ctx context.Context, c *container, timeout time.
 		case <-wait.Done():
 		}
 		if ctx.Err() != nil {
-			return fmt.Errorf("wait for container %.13s to stop: %w", c.rec.ID, ctx.Err())
+			return fmt.Errorf("wait for container %.13s to stop: %w", c.record().ID, ctx.Err())
 		}
 	}
 	if err := t.Kill(ctx, syscall.SIGKILL, true); err != nil {
-		return fmt.Errorf("kill container %.13s: %w", c.rec.ID, err)
+		return fmt.Errorf("kill container %.13s: %w", c.record().ID, err)
 	}
 	wait, cancel := context.WithTimeout(ctx, killTime)
 	defer cancel()
@@ -216,7 +216,7 @@ func (s *Service) stopContainer(ctx context.Context, c *container, timeout time.
 	case <-c.ended:
 		return nil
 	case <-wait.Done():
-		return fmt.Errorf("container %.13s does not end after SIGKILL (a process in uninterruptible sleep?): %w", c.rec.ID, wait.Err())
+		return fmt.Errorf("container %.13s does not end after SIGKILL (a process in uninterruptible sleep?): %w", c.record().ID, wait.Err())
 	}
 }
 
@@ -237,13 +237,13 @@ func (s *Service) RemoveContainer(ctx context.Context, id string) error {
 		return err
 	}
 	defer c.op.unlock()
-	if _, err := s.index.container(c.rec.ID); errdefs.IsNotFound(err) {
+	if _, err := s.index.container(c.record().ID); errdefs.IsNotFound(err) {
 		return nil
 	}
 	select {
 	case <-c.deleted:
 	case <-ctx.Done():
-		return fmt.Errorf("wait for the shim to let go of container %.13s: %w", c.rec.ID, ctx.Err())
+		return fmt.Errorf("wait for the shim to let go of container %.13s: %w", c.record().ID, ctx.Err())
 	}
 	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase = removing }); err != nil {
 		return err
@@ -260,7 +260,7 @@ func (s *Service) dropContainer(c *container) error {
 		return err
 	}
 	s.index.dropContainer(v.ID)
-	s.attempts.release(c.rec.Name, v.ID)
+	s.attempts.release(c.record().Name, v.ID)
 	s.stats.forgetContainer(v.ID)
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, v.ID, v.SandboxID)
 	return nil

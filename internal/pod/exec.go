@@ -38,7 +38,7 @@ func (s *Service) runningContainer(id string) (*container, error) {
 		return nil, err
 	}
 	if p := c.phase(); p != running {
-		return nil, fmt.Errorf("container %.13s is %s, it must run: %w", c.rec.ID, p.containerState(), errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("container %.13s is %s, it must run: %w", c.record().ID, p.containerState(), errdefs.ErrFailedPrecondition)
 	}
 	return c, nil
 }
@@ -52,19 +52,19 @@ type started struct {
 // startExec starts cmd in the container. The caller ends it with finish.
 func (s *Service) startExec(ctx context.Context, c *container, cmd []string, in, out, errs, tty bool) (_ *started, err error) {
 	var spec specs.Spec
-	data, err := os.ReadFile(filepath.Join(c.rec.Bundle, "config.json"))
+	data, err := os.ReadFile(filepath.Join(c.record().Bundle, "config.json"))
 	if err == nil {
 		err = json.Unmarshal(data, &spec)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read the container's specification: %w", err)
 	}
-	p, err := oci.Exec(&spec, filepath.Join(c.rec.Bundle, "rootfs"), cmd, tty)
+	p, err := oci.Exec(&spec, filepath.Join(c.record().Bundle, "rootfs"), cmd, tty)
 	if err != nil {
 		return nil, err
 	}
 	id := newID()[:16]
-	f, err := newFifos(filepath.Join(c.rec.Bundle, "exec", id), in, out, errs)
+	f, err := newFifos(filepath.Join(c.record().Bundle, "exec", id), in, out, errs)
 	if err != nil {
 		return nil, err
 	}
@@ -72,7 +72,7 @@ func (s *Service) startExec(ctx context.Context, c *container, cmd []string, in,
 	fin, fout, ferr := f.paths()
 	if err := st.exec.Start(ctx, p, fin, fout, ferr); err != nil {
 		st.finish(ctx)
-		return nil, fmt.Errorf("exec in container %q: %w", c.rec.Config.Metadata.Name, err)
+		return nil, fmt.Errorf("exec in container %q: %w", c.record().Config.Metadata.Name, err)
 	}
 	f.opened()
 	return st, nil
@@ -173,8 +173,8 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 	if err != nil {
 		return err
 	}
-	dir := filepath.Join(c.rec.Bundle, "attach", newID()[:16])
-	f, err := newFifos(dir, st.In != nil && c.rec.Config.Stdin, st.Out != nil, st.Err != nil && !c.rec.Config.Tty)
+	dir := filepath.Join(c.record().Bundle, "attach", newID()[:16])
+	f, err := newFifos(dir, st.In != nil && c.record().Config.Stdin, st.Out != nil, st.Err != nil && !c.record().Config.Tty)
 	if err != nil {
 		return err
 	}
@@ -182,7 +182,7 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 	t := c.task(s)
 	fin, fout, ferr := f.paths()
 	if err := t.Attach(ctx, fin, fout, ferr); err != nil {
-		return fmt.Errorf("attach to container %q: %w", c.rec.Config.Metadata.Name, err)
+		return fmt.Errorf("attach to container %q: %w", c.record().Config.Metadata.Name, err)
 	}
 	f.opened()
 	ctx, cancel := context.WithCancel(ctx)
@@ -250,7 +250,7 @@ func (s *Service) PortForward(ctx context.Context, sandboxID string, port int32,
 	}
 	peer, err := dialPod(ctx, v.NetNS, port)
 	if err != nil {
-		return fmt.Errorf("connect to port %d in pod %s: %w", port, sb.rec.Name, err)
+		return fmt.Errorf("connect to port %d in pod %s: %w", port, sb.record().Name, err)
 	}
 	defer peer.Close()
 	stop := context.AfterFunc(ctx, func() { peer.Close(); conn.Close() })

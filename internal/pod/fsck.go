@@ -151,6 +151,9 @@ func (s *Service) listShim(context.Context) ([]orphan, error) {
 	}
 	var all []orphan
 	for _, h := range held {
+		if !isID(h.ID) {
+			continue // not put there by us
+		}
 		all = append(all, orphan{owner: h.ID, Finding: Finding{Kind: "shim", ID: h.ID, Path: h.Path,
 			Detail: "the shim holds a " + h.Kind + " that no pod or container has"},
 			remove: func(ctx context.Context) error { return s.o.Shims.Release(ctx, h) }})
@@ -204,6 +207,9 @@ func (s *Service) listNetwork(ctx context.Context) ([]orphan, error) {
 	}
 	var all []orphan
 	for _, id := range ids {
+		if !isID(id) {
+			continue
+		}
 		all = append(all, orphan{owner: id, Finding: Finding{Kind: "network", ID: id,
 			Detail: "addresses or ports are held for a pod that does not exist"},
 			remove: func(ctx context.Context) error { return s.o.Network.Detach(ctx, networkOf(id)) }})

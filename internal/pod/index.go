@@ -39,9 +39,9 @@ type sandbox struct {
 	op      opLock
 	handler *shim.Handler // nil when its handler is not configured any more
 
-	mu   sync.Mutex // guards rec while it is changed and stored
-	rec  sandboxRecord
-	snap atomic.Pointer[Sandbox]
+	mu   sync.Mutex    // one change at a time
+	rec  sandboxRecord // guarded by mu
+	snap atomic.Pointer[sandboxRecord]
 }
 
 // container is a container in memory.
@@ -49,16 +49,20 @@ type container struct {
 	op      opLock
 	handler *shim.Handler
 
-	mu   sync.Mutex
-	rec  containerRecord
-	snap atomic.Pointer[Container]
+	mu   sync.Mutex      // one change at a time
+	rec  containerRecord // guarded by mu
+	snap atomic.Pointer[containerRecord]
 
 	ended   chan struct{} // closed when it has exited
 	deleted chan struct{} // closed when, after its exit, the shim has forgotten it
 }
 
-func (sb *sandbox) get() Sandbox    { return *sb.snap.Load() }
-func (c *container) get() Container { return *c.snap.Load() }
+// record gives the record as it was last stored; it does not change.
+func (sb *sandbox) record() *sandboxRecord    { return sb.snap.Load() }
+func (c *container) record() *containerRecord { return c.snap.Load() }
+
+func (sb *sandbox) get() Sandbox    { return sb.record().Sandbox }
+func (c *container) get() Container { return c.record().Container }
 
 func (c *container) task(s *Service) shim.Task {
 	v := c.get()
@@ -79,13 +83,13 @@ func (x *index) init() {
 func (x *index) addSandbox(sb *sandbox) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.sandboxes[sb.rec.ID] = sb
+	x.sandboxes[sb.record().ID] = sb
 }
 
 func (x *index) addContainer(c *container) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	x.containers[c.rec.ID] = c
+	x.containers[c.record().ID] = c
 }
 
 func (x *index) dropSandbox(id string) {
@@ -215,8 +219,7 @@ func (s *Service) changeSandbox(sb *sandbox, change func(*sandboxRecord)) error 
 		return err
 	}
 	sb.rec = rec
-	snap := rec.Sandbox
-	sb.snap.Store(&snap)
+	sb.snap.Store(&rec)
 	return nil
 }
 
@@ -232,7 +235,6 @@ func (s *Service) changeContainer(c *container, change func(*containerRecord)) e
 		return err
 	}
 	c.rec = rec
-	snap := rec.Container
-	c.snap.Store(&snap)
+	c.snap.Store(&rec)
 	return nil
 }

@@ -67,7 +67,7 @@ func (s *Service) podMetrics(ctx context.Context, sb *sandbox, kinds map[string]
 		l.memory(m.usage)
 	}
 	ifs, err := s.measureNetwork(ctx, sb)
-	if err != nil && sb.get().State == runtimeapi.PodSandboxState_SANDBOX_READY {
+	if err != nil && ctx.Err() == nil && sb.get().State == runtimeapi.PodSandboxState_SANDBOX_READY {
 		s.log.Warn("pod network left out of metrics", "sandbox", v.ID, "err", err)
 	}
 	l.at = time.Now()

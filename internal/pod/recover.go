@@ -28,8 +28,7 @@ func (s *Service) recover(ctx context.Context) error {
 	}
 	for _, rec := range sandboxes {
 		sb := &sandbox{op: newOpLock(), rec: *rec}
-		snap := rec.Sandbox
-		sb.snap.Store(&snap)
+		sb.snap.Store(rec)
 		if sb.handler, err = s.o.Shims.Lookup(rec.HandlerName); err != nil {
 			s.log.Warn("pod of a handler that is not configured any more", "sandbox", rec.ID, "handler", rec.HandlerName)
 		}
@@ -43,17 +42,17 @@ func (s *Service) recover(ctx context.Context) error {
 		byPod[rec.SandboxID] = append(byPod[rec.SandboxID], c)
 	}
 	for _, sb := range s.index.allSandboxes() {
-		cs := byPod[sb.rec.ID]
-		delete(byPod, sb.rec.ID)
+		cs := byPod[sb.record().ID]
+		delete(byPod, sb.record().ID)
 		s.inBackground(sb, func(ctx context.Context) error { return s.recoverPod(ctx, sb, cs) })
 	}
 	for _, orphans := range byPod { // their pod's record is gone: a removal was cut off
 		for _, c := range orphans {
-			s.log.Warn("container without a pod", "container", c.rec.ID)
+			s.log.Warn("container without a pod", "container", c.record().ID)
 			close(c.deleted)
 			s.work.Go(func() {
-				if err := s.RemoveContainer(s.ctx, c.rec.ID); err != nil {
-					s.log.Error("remove a container without a pod", "container", c.rec.ID, "err", err)
+				if err := s.RemoveContainer(s.ctx, c.record().ID); err != nil {
+					s.log.Error("remove a container without a pod", "container", c.record().ID, "err", err)
 				}
 			})
 		}
@@ -63,8 +62,7 @@ func (s *Service) recover(ctx context.Context) error {
 
 func (s *Service) recoverRecord(rec *containerRecord) *container {
 	c := &container{op: newOpLock(), rec: *rec, ended: make(chan struct{}), deleted: make(chan struct{})}
-	snap := rec.Container
-	c.snap.Store(&snap)
+	c.snap.Store(rec)
 	if sb, err := s.index.sandbox(rec.SandboxID); err == nil {
 		c.handler = sb.handler
 	}
@@ -89,7 +87,7 @@ func (s *Service) inBackground(sb *sandbox, f func(context.Context) error) {
 			if err == nil || s.ctx.Err() != nil {
 				return
 			}
-			s.log.Warn("recovery of a pod failed, trying again", "sandbox", sb.rec.ID, "in", pause, "err", err)
+			s.log.Warn("recovery of a pod failed, trying again", "sandbox", sb.record().ID, "in", pause, "err", err)
 			select {
 			case <-s.ctx.Done():
 				return
@@ -118,8 +116,8 @@ func (s *Service) recoverPod(ctx context.Context, sb *sandbox, cs []*container) 
 	case stopping:
 		return s.stopSandbox(ctx, sb)
 	case ready:
-		if _, err := os.Stat(s.podDir(sb.rec.ID)); errors.Is(err, fs.ErrNotExist) || !mounted(s.podDir(sb.rec.ID)) {
-			s.log.Info("pod did not survive a reboot", "sandbox", sb.rec.ID)
+		if _, err := os.Stat(s.podDir(sb.record().ID)); errors.Is(err, fs.ErrNotExist) || !mounted(s.podDir(sb.record().ID)) {
+			s.log.Info("pod did not survive a reboot", "sandbox", sb.record().ID)
 			return s.stopSandbox(ctx, sb)
 		}
 		s.watchHolder(sb)
@@ -129,14 +127,14 @@ func (s *Service) recoverPod(ctx context.Context, sb *sandbox, cs []*container) 
 
 // takeDown undoes a half-made sandbox: no client knows it.
 func (s *Service) takeDown(ctx context.Context, sb *sandbox) error {
-	id := sb.rec.ID
+	id := sb.record().ID
 	s.log.Info("taking down a half-made pod", "sandbox", id)
 	if sb.handler != nil {
 		if err := sb.handler.ShutdownSandbox(ctx, id, s.podDir(id)); err != nil {
 			return err
 		}
 	}
-	if sb.rec.NetworkUp {
+	if sb.record().NetworkUp {
 		if err := s.detach(ctx, sb); err != nil {
 			return err
 		}
@@ -148,8 +146,8 @@ func (s *Service) takeDown(ctx context.Context, sb *sandbox) error {
 		return err
 	}
 	s.index.dropSandbox(id)
-	selinux.ReleaseLabel(sb.rec.ProcessLabel)
-	s.attempts.release(sb.rec.Name, id)
+	selinux.ReleaseLabel(sb.record().ProcessLabel)
+	s.attempts.release(sb.record().Name, id)
 	return nil
 }
 
@@ -167,7 +165,7 @@ func (s *Service) recoverContainer(ctx context.Context, c *container) error {
 				return
 			}
 			if err := c.task(s).Delete(ctx); err != nil {
-				s.log.Warn("delete an ended container on its shim", "container", c.rec.ID, "err", err)
+				s.log.Warn("delete an ended container on its shim", "container", c.record().ID, "err", err)
 			}
 		})
 		if c.phase() == exited {
@@ -188,7 +186,7 @@ func (s *Service) recoverLive(ctx context.Context, c *container) error {
 		state, err = c.task(s).State(ctx)
 	}
 	if err != nil && !errdefs.IsNotFound(err) {
-		return fmt.Errorf("ask for container %.13s: %w", c.rec.ID, err)
+		return fmt.Errorf("ask for container %.13s: %w", c.record().ID, err)
 	}
 	known := err == nil && (state.Pid != 0 || state.Exited)
 	switch {
@@ -206,7 +204,7 @@ func (s *Service) recoverLive(ctx context.Context, c *container) error {
 			return err
 		}
 		close(c.deleted)
-	case !mounted(c.rec.Bundle + "/rootfs"):
+	case !mounted(c.record().Bundle + "/rootfs"):
 		if err := s.noteFailedStart(c, errors.New("the node was restarted before the container was started")); err != nil {
 			return err
 		}

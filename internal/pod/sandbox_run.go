@@ -50,8 +50,9 @@ func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConf
 
 func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, handler string, h *shim.Handler) *sandbox {
 	sb := &sandbox{op: newOpLock(), handler: h}
+	rec := &sb.rec
 	ns := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
-	sb.rec = sandboxRecord{
+	*rec = sandboxRecord{
 		Name: sandboxName(cfg.Metadata), Hash: hash, HandlerName: h.Name, Phase: creating,
 		Sysctls:  oci.Sysctls(cfg, s.o.Node),
 		SharePID: ns.GetPid() == runtimeapi.NamespaceMode_POD,
@@ -61,13 +62,13 @@ func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, 
 		},
 	}
 	if ns.GetNetwork() != runtimeapi.NamespaceMode_NODE {
-		sb.rec.NetNS, sb.rec.NetworkUp = filepath.Join(s.podDir(id), "ns", "net"), true
+		rec.NetNS, rec.NetworkUp = filepath.Join(s.podDir(id), "ns", "net"), true
 	}
 	if u := userNamespace(cfg); u != nil {
-		sb.rec.UIDs, sb.rec.GIDs = mappings(u.Uids), mappings(u.Gids)
+		rec.UIDs, rec.GIDs = mappings(u.Uids), mappings(u.Gids)
 	}
-	snap := sb.rec.Sandbox
-	sb.snap.Store(&snap)
+	first := *rec
+	sb.snap.Store(&first)
 	return sb
 }
 
@@ -75,16 +76,17 @@ func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, 
 // recovery would do, which finds everything by the sandbox's id and keeps the
 // record, and the intent in it, until nothing is left.
 func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(string)) (err error) {
-	id := sb.rec.ID
+	id := sb.record().ID
+	var process, mount string // SELinux labels
 	var undo osutil.Undo
 	defer undo.Run(ctx, &err)
 
 	if s.o.Node.SELinux {
-		if sb.rec.ProcessLabel, sb.rec.MountLabel, err = oci.SELinuxLabels(sb.rec.Config.GetLinux().GetSecurityContext().GetSelinuxOptions()); err != nil {
+		if process, mount, err = oci.SELinuxLabels(sb.record().Config.GetLinux().GetSecurityContext().GetSelinuxOptions()); err != nil {
 			return err
 		}
 	}
-	if err := s.changeSandbox(sb, func(*sandboxRecord) {}); err != nil {
+	if err := s.changeSandbox(sb, func(r *sandboxRecord) { r.ProcessLabel, r.MountLabel = process, mount }); err != nil {
 		return err
 	}
 	undo.Add("take the half-made pod down", func(ctx context.Context) error {
@@ -100,13 +102,13 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 		return err
 	}
 
-	if sb.rec.NetworkUp {
+	attached := &network.Result{}
+	if sb.record().NetworkUp {
 		stage("attaching the network")
-		res, err := s.o.Network.Attach(ctx, s.networkRequest(sb))
+		attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
 		if err != nil {
-			return fmt.Errorf("attach pod %s to the network: %w", sb.rec.Name, err)
+			return fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
 		}
-		sb.rec.IPs, sb.rec.Network = res.IPs, res.Raw
 	}
 
 	stage("starting the sandbox on its shim")
@@ -115,7 +117,9 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 		return err
 	}
 	s.index.addSandbox(sb)
-	if err := s.changeSandbox(sb, func(r *sandboxRecord) { r.Phase, r.Pid = ready, pid }); err != nil {
+	if err := s.changeSandbox(sb, func(r *sandboxRecord) {
+		r.Phase, r.Pid, r.IPs, r.Network = ready, pid, attached.IPs, attached.Raw
+	}); err != nil {
 		return err
 	}
 	undo.Release()
@@ -128,7 +132,7 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 // makeFolder makes what of the sandbox lives in its folder: namespaces, shm
 // and the files under /etc.
 func (s *Service) makeFolder(sb *sandbox) error {
-	dir := s.podDir(sb.rec.ID)
+	dir := s.podDir(sb.record().ID)
 	if err := mountFolder(dir); err != nil {
 		return err
 	}
@@ -137,37 +141,37 @@ func (s *Service) makeFolder(sb *sandbox) error {
 		return err
 	}
 	if n.ipc {
-		uid, gid := rootOf(sb.rec.UIDs), rootOf(sb.rec.GIDs)
-		if err := mountShm(filepath.Join(dir, "shm"), uid, gid, sb.rec.MountLabel); err != nil {
+		uid, gid := rootOf(sb.record().UIDs), rootOf(sb.record().GIDs)
+		if err := mountShm(filepath.Join(dir, "shm"), uid, gid, sb.record().MountLabel); err != nil {
 			return err
 		}
 	}
-	return writeFiles(dir, sb.rec.Config)
+	return writeFiles(dir, sb.record().Config)
 }
 
 func sandboxNamespaces(dir string, sb *sandbox) namespaces {
-	o := sb.rec.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	o := sb.record().Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	node := runtimeapi.NamespaceMode_NODE
 	return namespaces{
 		dir:  filepath.Join(dir, "ns"),
 		net:  o.GetNetwork() != node,
 		uts:  o.GetNetwork() != node, // the node's network goes with the node's name
 		ipc:  o.GetIpc() != node,
-		user: len(sb.rec.UIDs) > 0, uids: sb.rec.UIDs, gids: sb.rec.GIDs,
-		hostname: hostname(sb.rec.Config),
-		sysctls:  sb.rec.Sysctls,
+		user: len(sb.record().UIDs) > 0, uids: sb.record().UIDs, gids: sb.record().GIDs,
+		hostname: hostname(sb.record().Config),
+		sysctls:  sb.record().Sysctls,
 	}
 }
 
 func (s *Service) shimRequest(sb *sandbox) shim.SandboxRequest {
-	n := sandboxNamespaces(s.podDir(sb.rec.ID), sb)
-	r := shim.SandboxRequest{ID: sb.rec.ID, Bundle: s.podDir(sb.rec.ID), NetNS: sb.rec.NetNS, SharePID: sb.rec.SharePID,
-		Annotations: sb.rec.Config.Annotations, ForeignConfig: sb.rec.Config}
+	n := sandboxNamespaces(s.podDir(sb.record().ID), sb)
+	r := shim.SandboxRequest{ID: sb.record().ID, Bundle: s.podDir(sb.record().ID), NetNS: sb.record().NetNS, SharePID: sb.record().SharePID,
+		Annotations: sb.record().Config.Annotations, ForeignConfig: sb.record().Config}
 	if n.user {
 		r.UserNS = n.path("user")
 	}
-	if parent := sb.rec.Config.GetLinux().GetCgroupParent(); parent != "" && sb.rec.SharePID && !sb.handler.Runtime.SystemdCgroup {
-		r.Cgroup = filepath.Join(parent, sb.rec.ID)
+	if parent := sb.record().Config.GetLinux().GetCgroupParent(); parent != "" && sb.record().SharePID && !sb.handler.Runtime.SystemdCgroup {
+		r.Cgroup = filepath.Join(parent, sb.record().ID)
 	}
 	return r
 }
@@ -175,36 +179,36 @@ func (s *Service) shimRequest(sb *sandbox) shim.SandboxRequest {
 // watchHolder turns the sandbox not ready when the process that holds its
 // shared PID namespace ends: nothing can be started in it any more.
 func (s *Service) watchHolder(sb *sandbox) {
-	if sb.get().Pid == 0 || !sb.rec.SharePID {
+	if sb.get().Pid == 0 || !sb.record().SharePID {
 		return
 	}
 	s.work.Go(func() {
-		err := sb.handler.WaitSandbox(s.ctx, sb.rec.ID, s.podDir(sb.rec.ID))
+		err := sb.handler.WaitSandbox(s.ctx, sb.record().ID, s.podDir(sb.record().ID))
 		if err != nil {
 			if s.ctx.Err() == nil {
-				s.log.Warn("cannot watch the sandbox's holder", "sandbox", sb.rec.ID, "err", err)
+				s.log.Warn("cannot watch the sandbox's holder", "sandbox", sb.record().ID, "err", err)
 			}
 			return
 		}
 		if sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
 			return
 		}
-		s.log.Warn("the process that holds the pod's PID namespace ended", "sandbox", sb.rec.ID)
+		s.log.Warn("the process that holds the pod's PID namespace ended", "sandbox", sb.record().ID)
 		if err := s.changeSandbox(sb, func(r *sandboxRecord) {
 			if r.Phase == ready {
 				r.Phase = stopping
 			}
 		}); err != nil {
-			s.log.Error("note the end of a sandbox", "sandbox", sb.rec.ID, "err", err)
+			s.log.Error("note the end of a sandbox", "sandbox", sb.record().ID, "err", err)
 		}
 	})
 }
 
 func (s *Service) networkRequest(sb *sandbox) network.Request {
-	cfg := sb.rec.Config
+	cfg := sb.record().Config
 	r := network.Request{
-		ID: sb.rec.ID, Namespace: cfg.Metadata.Namespace, Name: cfg.Metadata.Name, UID: cfg.Metadata.Uid, NetNS: sb.rec.NetNS,
-		CgroupPath: cfg.GetLinux().GetCgroupParent(), Labels: cfg.Labels, Annotations: cfg.Annotations, Cached: sb.rec.Network,
+		ID: sb.record().ID, Namespace: cfg.Metadata.Namespace, Name: cfg.Metadata.Name, UID: cfg.Metadata.Uid, NetNS: sb.record().NetNS,
+		CgroupPath: cfg.GetLinux().GetCgroupParent(), Labels: cfg.Labels, Annotations: cfg.Annotations, Cached: sb.record().Network,
 		Bandwidth: bandwidth(cfg.Annotations),
 	}
 	for _, p := range cfg.PortMappings {

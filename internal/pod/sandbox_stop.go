@@ -46,14 +46,14 @@ func (s *Service) stopSandbox(ctx context.Context, sb *sandbox) error {
 		g.Go(func() error { return s.stopContainer(gctx, c, 0) })
 	}
 	if err := g.Wait(); err != nil {
-		return fmt.Errorf("stop the containers of pod %s: %w", sb.rec.Name, err)
+		return fmt.Errorf("stop the containers of pod %s: %w", sb.record().Name, err)
 	}
 	if sb.handler != nil {
 		if err := sb.handler.StopSandbox(ctx, id, s.podDir(id)); err != nil {
-			return fmt.Errorf("stop pod %s on its shim: %w", sb.rec.Name, err)
+			return fmt.Errorf("stop pod %s on its shim: %w", sb.record().Name, err)
 		}
 	}
-	if sb.rec.NetworkUp {
+	if sb.record().NetworkUp {
 		if err := s.detach(ctx, sb); err != nil {
 			return err
 		}
@@ -73,7 +73,7 @@ func (s *Service) detach(ctx context.Context, sb *sandbox) error {
 		req.NetNS = ""
 	}
 	if err := s.o.Network.Detach(ctx, req); err != nil {
-		return fmt.Errorf("detach pod %s from the network: %w", sb.rec.Name, err)
+		return fmt.Errorf("detach pod %s from the network: %w", sb.record().Name, err)
 	}
 	return nil
 }
@@ -105,7 +105,7 @@ func (s *Service) removeSandbox(ctx context.Context, sb *sandbox) error {
 	}
 	for _, c := range s.index.containersOf(id) {
 		if err := s.RemoveContainer(ctx, c.get().ID); err != nil {
-			return fmt.Errorf("remove pod %s: %w", sb.rec.Name, err)
+			return fmt.Errorf("remove pod %s: %w", sb.record().Name, err)
 		}
 	}
 	if sb.phase() != removing {
@@ -115,7 +115,7 @@ func (s *Service) removeSandbox(ctx context.Context, sb *sandbox) error {
 	}
 	if sb.handler != nil {
 		if err := sb.handler.ShutdownSandbox(ctx, id, s.podDir(id)); err != nil {
-			return fmt.Errorf("shut down pod %s on its shim: %w", sb.rec.Name, err)
+			return fmt.Errorf("shut down pod %s on its shim: %w", sb.record().Name, err)
 		}
 	}
 	if err := removeFolder(s.podDir(id)); err != nil {
@@ -125,21 +125,13 @@ func (s *Service) removeSandbox(ctx context.Context, sb *sandbox) error {
 		return err
 	}
 	s.index.dropSandbox(id)
-	s.attempts.release(sb.rec.Name, id)
+	s.attempts.release(sb.record().Name, id)
 	s.stats.forgetSandbox(id)
-	selinux.ReleaseLabel(sb.rec.ProcessLabel)
+	selinux.ReleaseLabel(sb.record().ProcessLabel)
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, id, id)
 	return nil
 }
 
-func (sb *sandbox) phase() phase {
-	sb.mu.Lock()
-	defer sb.mu.Unlock()
-	return sb.rec.Phase
-}
+func (sb *sandbox) phase() phase { return sb.record().Phase }
 
-func (c *container) phase() phase {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.rec.Phase
-}
+func (c *container) phase() phase { return c.record().Phase }

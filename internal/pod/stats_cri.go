@@ -68,10 +68,13 @@ func (s *Service) sandboxStats(ctx context.Context, sb *sandbox, cs []*container
 		st.Process = &runtimeapi.ProcessUsage{Timestamp: time.Now().UnixNano(), ProcessCount: value(processes)}
 	}
 	ifs, err := s.measureNetwork(ctx, sb)
-	if err != nil && sb.get().State == runtimeapi.PodSandboxState_SANDBOX_READY {
+	if err != nil && ctx.Err() == nil && sb.get().State == runtimeapi.PodSandboxState_SANDBOX_READY {
 		s.log.Warn("pod network left out of statistics", "sandbox", v.ID, "err", err)
 	}
 	st.Network = networkUsage(ifs)
+	if ctx.Err() != nil { // what is missing now is no news of the pod
+		return nil, ctx.Err()
+	}
 	return &runtimeapi.PodSandboxStats{Linux: st, Attributes: &runtimeapi.PodSandboxAttributes{
 		Id: v.ID, Metadata: v.Config.Metadata, Labels: v.Config.Labels, Annotations: v.Config.Annotations}}, nil
 }

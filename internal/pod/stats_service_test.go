@@ -364,7 +364,7 @@ func TestStatsOfManyContainersAreCheap(t *testing.T) {
 	for range 1000 {
 		c := m.newContainer(sb, newID(), "h", &runtimeapi.ContainerConfig{Metadata: &runtimeapi.ContainerMetadata{}}, image.Image{})
 		c.rec.State, c.rec.Phase = runtimeapi.ContainerState_CONTAINER_RUNNING, running
-		snap := c.rec.Container
+		snap := c.rec
 		c.snap.Store(&snap)
 		m.index.addContainer(c)
 	}

@@ -28,9 +28,9 @@ func (s *Service) UpdateResources(ctx context.Context, id string, r *runtimeapi.
 	defer c.op.unlock()
 	p := c.phase()
 	if p != ready && p != running {
-		return fmt.Errorf("container %.13s is %s, resources of a created or running one can change: %w", c.rec.ID, p.containerState(), errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("container %.13s is %s, resources of a created or running one can change: %w", c.record().ID, p.containerState(), errdefs.ErrFailedPrecondition)
 	}
-	path := filepath.Join(c.rec.Bundle, "config.json")
+	path := filepath.Join(c.record().Bundle, "config.json")
 	var spec specs.Spec
 	data, err := os.ReadFile(path)
 	if err == nil {
@@ -45,7 +45,7 @@ func (s *Service) UpdateResources(ctx context.Context, id string, r *runtimeapi.
 	}
 	if p == running {
 		if err := c.task(s).Update(ctx, res); err != nil {
-			return fmt.Errorf("update the resources of container %q: %w", c.rec.Config.Metadata.Name, err)
+			return fmt.Errorf("update the resources of container %q: %w", c.record().Config.Metadata.Name, err)
 		}
 	}
 	spec.Linux.Resources = res
@@ -99,7 +99,7 @@ func (s *Service) UpdateSandboxResources(ctx context.Context, r *runtimeapi.Upda
 	}
 	defer sb.op.unlock()
 	if sb.phase() != ready {
-		return fmt.Errorf("pod sandbox %.13s is not ready: %w", sb.rec.ID, errdefs.ErrFailedPrecondition)
+		return fmt.Errorf("pod sandbox %.13s is not ready: %w", sb.record().ID, errdefs.ErrFailedPrecondition)
 	}
 	return s.changeSandbox(sb, func(rec *sandboxRecord) {
 		if r.Overhead != nil {
@@ -118,8 +118,8 @@ func (s *Service) ReopenLog(ctx context.Context, id string) error {
 	if err != nil {
 		return err
 	}
-	if c.rec.LogPath == "" {
-		return fmt.Errorf("container %.13s has no log: %w", c.rec.ID, errdefs.ErrFailedPrecondition)
+	if c.record().LogPath == "" {
+		return fmt.Errorf("container %.13s has no log: %w", c.record().ID, errdefs.ErrFailedPrecondition)
 	}
 	return c.task(s).ReopenLog(ctx)
 }

@@ -33,7 +33,7 @@ func (s *Service) makeVolumes(c *container, img image.Image, rootfs string) (map
 		return nil, err
 	}
 	covered := map[string]bool{}
-	for _, m := range c.rec.Config.Mounts {
+	for _, m := range c.record().Config.Mounts {
 		covered[filepath.Clean(m.ContainerPath)] = true
 	}
 	volumes := map[string]string{}
@@ -41,7 +41,7 @@ func (s *Service) makeVolumes(c *container, img image.Image, rootfs string) (map
 		if covered[p] {
 			continue
 		}
-		dir := filepath.Join(s.volumeDir(c.rec.ID), strconv.Itoa(i))
+		dir := filepath.Join(s.volumeDir(c.record().ID), strconv.Itoa(i))
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, fmt.Errorf("make volume %s: %w", p, err)
 		}
@@ -71,7 +71,7 @@ func copyUp(rootfs, path, dir string) error {
 // gives the folder for each container path.
 func (s *Service) makeImageVolumes(ctx context.Context, c *container) (map[string]string, error) {
 	volumes := map[string]string{}
-	for i, m := range c.rec.Config.Mounts {
+	for i, m := range c.record().Config.Mounts {
 		if m.GetImage().GetImage() == "" {
 			continue
 		}
@@ -79,11 +79,11 @@ func (s *Service) makeImageVolumes(ctx context.Context, c *container) (map[strin
 		if err != nil {
 			return nil, fmt.Errorf("image volume at %s: %w", m.ContainerPath, err)
 		}
-		mounts, err := s.o.Images.PrepareView(ctx, imageVolumeKey(c.rec.ID, i), img)
+		mounts, err := s.o.Images.PrepareView(ctx, imageVolumeKey(c.record().ID, i), img)
 		if err != nil {
 			return nil, fmt.Errorf("image volume at %s from %s: %w", m.ContainerPath, m.Image.Image, err)
 		}
-		dir := filepath.Join(c.rec.Bundle, "images", strconv.Itoa(i))
+		dir := filepath.Join(c.record().Bundle, "images", strconv.Itoa(i))
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, fmt.Errorf("make the folder of an image volume: %w", err)
 		}
@@ -155,22 +155,22 @@ func relabel(res *oci.Result) error {
 // releaseFiles takes down what a container has on the node besides its task.
 // It may be repeated and finds everything by the container's id.
 func (s *Service) releaseFiles(ctx context.Context, c *container) error {
-	id := c.rec.ID
-	for i, m := range c.rec.Config.GetMounts() {
+	id := c.record().ID
+	for i, m := range c.record().Config.GetMounts() {
 		if m.GetImage().GetImage() == "" {
 			continue
 		}
-		if err := unmountAll(filepath.Join(c.rec.Bundle, "images", strconv.Itoa(i))); err != nil {
+		if err := unmountAll(filepath.Join(c.record().Bundle, "images", strconv.Itoa(i))); err != nil {
 			return err
 		}
 		if err := s.o.Images.RemoveRootfs(ctx, imageVolumeKey(id, i)); err != nil {
 			return fmt.Errorf("remove an image volume: %w", err)
 		}
 	}
-	if err := unmountAll(filepath.Join(c.rec.Bundle, "rootfs")); err != nil {
+	if err := unmountAll(filepath.Join(c.record().Bundle, "rootfs")); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(c.rec.Bundle); err != nil {
+	if err := os.RemoveAll(c.record().Bundle); err != nil {
 		return fmt.Errorf("remove the container's bundle: %w", err)
 	}
 	if err := s.o.Images.RemoveRootfs(ctx, id); err != nil {

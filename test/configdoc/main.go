@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -86,7 +87,7 @@ func fieldDocs(dir string) (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	docs := map[string]string{}
+	docs, keys := map[string]string{}, map[string]string{}
 	for _, name := range files {
 		f, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ParseComments)
 		if err != nil {
@@ -104,18 +105,42 @@ func fieldDocs(dir string) (map[string]string, error) {
 			for _, field := range s.Fields.List {
 				for _, id := range field.Names {
 					docs[t.Name.Name+"."+id.Name] = sentence(id.Name, field.Doc.Text())
+					if key := keyOf(field); key != "" {
+						keys[id.Name], keys[t.Name.Name+"."+id.Name] = key, key
+					}
 				}
 			}
 			return false
 		})
 	}
+	for name, text := range docs {
+		docs[name] = camelCase.ReplaceAllStringFunc(text, func(word string) string {
+			if key := keys[word]; key != "" {
+				return "`" + key + "`"
+			}
+			return word
+		})
+	}
 	return docs, nil
+}
+
+// camelCase finds what may be the Go name of a key, alone or with its type.
+var camelCase = regexp.MustCompile(`\b([A-Z][a-zA-Z]+\.)?[A-Z]+[a-z]+[A-Z][a-zA-Z]*\b|\b[A-Z][a-zA-Z]+\.[A-Z][a-zA-Z]+\b`)
+
+func keyOf(f *ast.Field) string {
+	if f.Tag == nil {
+		return ""
+	}
+	return reflect.StructTag(strings.Trim(f.Tag.Value, "`")).Get("toml")
 }
 
 // sentence drops the field's Go name from the beginning of its comment.
 func sentence(field, text string) string {
 	text = strings.Join(strings.Fields(text), " ")
 	text = strings.TrimPrefix(text, field+" ")
+	for _, verb := range []string{"is ", "are ", "that is ", "says "} {
+		text = strings.TrimPrefix(text, verb)
+	}
 	text = strings.ReplaceAll(text, "|", "\\|")
 	if text == "" {
 		return ""

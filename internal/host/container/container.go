@@ -54,8 +54,8 @@ func (b *Backend) Name() string { return "container" }
 type ociRuntime struct {
 	path string
 
-	learn     sync.Mutex // held while hybrid is found out
-	known     bool
+	learn       sync.Mutex // held while hybrid is found out
+	known       bool
 	hideUnified bool // see hybrid.go
 }
 

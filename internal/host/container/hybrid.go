@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"cloister.dev/internal/host"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -39,12 +40,12 @@ func (b *Backend) learn(ctx context.Context, r *ociRuntime) error {
 		r.known = true
 		return nil
 	}
-	_, err := b.firstRun(ctx, r, "", false)
+	_, hide, err := b.firstRun(ctx, r, host.Runtime{})
 	if ctx.Err() != nil {
 		return fmt.Errorf("try %s out: %w", r.path, err)
 	}
 	// A runtime that works in no way says so better when it is really used.
-	r.known = true
+	r.known, r.hideUnified = true, hide
 	return nil
 }
 

@@ -42,15 +42,38 @@ func (b *Backend) command(ctx context.Context, t *host.TaskSpec, i invocation) e
 
 // invoke runs the runtime and reports its failure in its own words.
 func (b *Backend) invoke(ctx context.Context, r *ociRuntime, o host.Runtime, dir string, i invocation) error {
+	status, said, err := b.execute(ctx, r, o, dir, i, b.runner(r))
+	if err != nil || status == 0 {
+		return err
+	}
+	if said == "" {
+		said = fmt.Sprintf("ended with status %d and said nothing", status)
+	}
+	return fmt.Errorf("%s %s: %s: %w", filepath.Base(r.path), i.verb, said, kind(said))
+}
+
+type runner func(context.Context, proc.Command) (proc.Exit, error)
+
+// runner is how r's commands are run: for runtimes that need it, in a mount
+// namespace without the unified cgroup hierarchy.
+func (b *Backend) runner(r *ociRuntime) runner {
+	if r.hideUnified {
+		return b.runHidden
+	}
+	return b.reaper.RunCommand
+}
+
+// execute runs the runtime once and gives its status and last complaint.
+func (b *Backend) execute(ctx context.Context, r *ociRuntime, o host.Runtime, dir string, i invocation, run runner) (status int, said string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, commandTime)
 	defer cancel()
 	root := b.root(r, o.Root)
 	if err := os.MkdirAll(root, 0o711); err != nil {
-		return fmt.Errorf("make the runtime's folder: %w", err)
+		return 0, "", fmt.Errorf("make the runtime's folder: %w", err)
 	}
 	log, err := os.CreateTemp(dir, "backend-log-")
 	if err != nil {
-		return fmt.Errorf("make the runtime's log: %w", err)
+		return 0, "", fmt.Errorf("make the runtime's log: %w", err)
 	}
 	defer os.Remove(log.Name())
 	defer log.Close()
@@ -59,25 +82,15 @@ func (b *Backend) invoke(ctx context.Context, r *ociRuntime, o host.Runtime, dir
 		args = append(args, "--systemd-cgroup")
 	}
 	args = append(append(args, i.verb), i.args...)
-	cmd := proc.Command{Path: r.path, Args: args, Env: os.Environ(), Dir: dir,
-		Files: [3]*os.File{i.streams.Stdin, i.streams.Stdout, i.streams.Stderr}}
-	exit, err := b.run(ctx, r, cmd)
+	exit, err := run(ctx, proc.Command{Path: r.path, Args: args, Env: os.Environ(), Dir: dir,
+		Files: [3]*os.File{i.streams.Stdin, i.streams.Stdout, i.streams.Stderr}})
 	if err != nil {
-		return fmt.Errorf("%s %s: %w", filepath.Base(r.path), i.verb, err)
+		return 0, "", fmt.Errorf("%s %s: %w", filepath.Base(r.path), i.verb, err)
 	}
 	if exit.Status != 0 {
-		return runtimeError(r, i.verb, exit, log)
+		said = lastError(log)
 	}
-	return nil
-}
-
-// runtimeError makes an error of what a failed runtime logged.
-func runtimeError(r *ociRuntime, verb string, exit proc.Exit, log *os.File) error {
-	said := lastError(log)
-	if said == "" {
-		said = fmt.Sprintf("ended with status %d and said nothing", exit.Status)
-	}
-	return fmt.Errorf("%s %s: %s: %w", filepath.Base(r.path), verb, said, kind(said))
+	return exit.Status, said, nil
 }
 
 // maxLogged bounds what is read of a runtime's log.
@@ -126,15 +139,6 @@ func kind(said string) error {
 		}
 	}
 	return errdefs.ErrUnknown
-}
-
-// run executes cmd, in a mount namespace without the unified cgroup hierarchy
-// for runtimes that need it so.
-func (b *Backend) run(ctx context.Context, r *ociRuntime, cmd proc.Command) (exit proc.Exit, err error) {
-	if !r.hideUnified {
-		return b.reaper.RunCommand(ctx, cmd)
-	}
-	return b.runHidden(ctx, cmd)
 }
 
 var errNoConsole = errors.New("the runtime sent no terminal")

@@ -193,6 +193,7 @@ type Command struct {
 	Env   []string
 	Dir   string
 	Files [3]*os.File // nil is /dev/null
+	Extra []*os.File  // descriptors 3 and on
 	Sys   *syscall.SysProcAttr
 }
 
@@ -204,7 +205,7 @@ func (r *Reaper) Start(c Command, exited func(Exit)) (pid int, err error) {
 	}
 	defer null.Close()
 	attr := &syscall.ProcAttr{Dir: c.Dir, Env: c.Env, Sys: c.Sys}
-	for _, f := range c.Files {
+	for _, f := range append(c.Files[:], c.Extra...) {
 		if f == nil {
 			f = null
 		}
