@@ -19,9 +19,14 @@ func keep(ctx context.Context, o options) error {
 	if _, err := syscall.Setsid(); err != nil && !errors.Is(err, syscall.EPERM) {
 		return fmt.Errorf("begin a session: %w", err)
 	}
-	err := keeper.Run(ctx, keeper.Options{
+	self, err := os.Executable()
+	if err != nil {
+		return fmt.Errorf("find this program: %w", err)
+	}
+	// By its path, so that a server started after an upgrade is the new one.
+	err = keeper.Run(ctx, keeper.Options{
 		Dir:  o.state,
-		Args: []string{"/proc/self/exe", "serve", "--state", o.state, "--log-level", o.level.String()},
+		Args: []string{self, "serve", "--state", o.state, "--log-level", o.level.String()},
 		Log:  o.log,
 	})
 	if errors.Is(err, keeper.ErrRunning) {

@@ -69,12 +69,3 @@ func removeFolder(dir string) error {
 	}
 	return nil
 }
-
-// mounted tells whether dir is the root of a mount.
-func mounted(dir string) bool {
-	var self, parent unix.Stat_t
-	if unix.Lstat(dir, &self) != nil || unix.Lstat(dir+"/..", &parent) != nil {
-		return false
-	}
-	return self.Dev != parent.Dev
-}

@@ -116,7 +116,7 @@ func (s *Service) recoverPod(ctx context.Context, sb *sandbox, cs []*container) 
 	case stopping:
 		return s.stopSandbox(ctx, sb)
 	case ready:
-		if _, err := os.Stat(s.podDir(sb.record().ID)); errors.Is(err, fs.ErrNotExist) || !mounted(s.podDir(sb.record().ID)) {
+		if _, err := os.Stat(s.podDir(sb.record().ID)); errors.Is(err, fs.ErrNotExist) || !mountRoot(s.podDir(sb.record().ID)) {
 			s.log.Info("pod did not survive a reboot", "sandbox", sb.record().ID)
 			return s.stopSandbox(ctx, sb)
 		}
@@ -204,7 +204,7 @@ func (s *Service) recoverLive(ctx context.Context, c *container) error {
 			return err
 		}
 		close(c.deleted)
-	case !mounted(c.record().Bundle + "/rootfs"):
+	case !mountRoot(c.record().Bundle + "/rootfs"):
 		if err := s.noteFailedStart(c, errors.New("the node was restarted before the container was started")); err != nil {
 			return err
 		}

@@ -2,13 +2,14 @@ package shim
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"syscall"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/types/known/anypb"
 )
 
 // Exec is one more process of a container.
@@ -22,9 +23,9 @@ func (t Task) Exec(id string) Exec { return Exec{Task: t, ExecID: id} }
 
 // Start runs p with the given FIFOs, made by the caller, as its streams.
 func (e Exec) Start(ctx context.Context, p *specs.Process, stdin, stdout, stderr string) error {
-	spec, err := typeurl.MarshalAnyToProto(p)
+	spec, err := specAny("Process", p)
 	if err != nil {
-		return fmt.Errorf("encode the process: %w", err)
+		return err
 	}
 	err = e.call(ctx, false, func(ctx context.Context, c *conn) error {
 		if _, err := c.task.Exec(ctx, &taskapi.ExecProcessRequest{ID: e.ID, ExecID: e.ExecID, Terminal: p.Terminal,
@@ -35,6 +36,15 @@ func (e Exec) Start(ctx context.Context, p *specs.Process, stdin, stdout, stderr
 		return err
 	})
 	return err
+}
+
+// specAny encodes a part of an OCI specification as containerd's clients do.
+func specAny(kind string, part any) (*anypb.Any, error) {
+	b, err := json.Marshal(part)
+	if err != nil {
+		return nil, fmt.Errorf("encode %s: %w", kind, err)
+	}
+	return &anypb.Any{TypeUrl: "types.containerd.io/opencontainers/runtime-spec/1/" + kind, Value: b}, nil
 }
 
 // Wait blocks until the process has ended.

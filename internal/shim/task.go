@@ -219,9 +219,9 @@ func (t Task) Pids(ctx context.Context) ([]uint32, error) {
 
 // Update changes the container's resources.
 func (t Task) Update(ctx context.Context, r *specs.LinuxResources) error {
-	a, err := typeurl.MarshalAnyToProto(r)
+	a, err := specAny("LinuxResources", r)
 	if err != nil {
-		return fmt.Errorf("encode resources: %w", err)
+		return err
 	}
 	return t.call(ctx, t.h.Runtime.resident(), func(ctx context.Context, c *conn) error {
 		_, err := c.task.Update(ctx, &taskapi.UpdateTaskRequest{ID: t.ID, Resources: a})

@@ -6,6 +6,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"encoding"
 	"encoding/json"
 	"fmt"
@@ -106,7 +107,7 @@ func fieldDocs(dir string) (map[string]string, error) {
 				for _, id := range field.Names {
 					docs[t.Name.Name+"."+id.Name] = sentence(id.Name, field.Doc.Text())
 					if key := keyOf(field); key != "" {
-						keys[id.Name], keys[t.Name.Name+"."+id.Name] = key, key
+						keys[t.Name.Name+"."+id.Name] = key
 					}
 				}
 			}
@@ -114,8 +115,9 @@ func fieldDocs(dir string) (map[string]string, error) {
 		})
 	}
 	for name, text := range docs {
+		own, _, _ := strings.Cut(name, ".")
 		docs[name] = camelCase.ReplaceAllStringFunc(text, func(word string) string {
-			if key := keys[word]; key != "" {
+			if key := cmp.Or(keys[word], keys[own+"."+word]); key != "" {
 				return "`" + key + "`"
 			}
 			return word

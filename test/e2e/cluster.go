@@ -50,7 +50,7 @@ func startCluster(ctx context.Context, bin, endpoint string) (*cluster, error) {
 	id := filepath.Base(dir)
 	c := &cluster{dir: dir, bin: bin, bridge: id[:min(len(id), 15)], cgroup: id}
 	if err := c.start(ctx, endpoint); err != nil {
-		return nil, errors.Join(err, c.close())
+		return nil, errors.Join(err, c.close(), removeCgroup(c.cgroup))
 	}
 	return c, nil
 }

@@ -209,7 +209,7 @@ func (m micro) bundle(dir, id, version string, systemd bool) error {
 		return err
 	}
 	rootfs := filepath.Join(dir, "rootfs")
-	if err := errors.Join(os.Chmod(dir, 0o755), os.Mkdir(rootfs, 0o755), os.WriteFile(filepath.Join(rootfs, "probe"), prog, 0o755)); err != nil {
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Mkdir(rootfs, 0o755), os.Mkdir(filepath.Join(rootfs, "proc"), 0o755), os.Mkdir(filepath.Join(rootfs, "dev"), 0o755), os.WriteFile(filepath.Join(rootfs, "probe"), prog, 0o755)); err != nil {
 		return err
 	}
 	cgroup := "/cloister-probe/" + id
@@ -220,6 +220,7 @@ func (m micro) bundle(dir, id, version string, systemd bool) error {
 		Version: version,
 		Root:    &specs.Root{Path: "rootfs"},
 		Process: &specs.Process{Args: []string{"/probe"}, Cwd: "/", Env: []string{"PATH=/"}},
+		Mounts:  []specs.Mount{{Destination: "/proc", Type: "proc", Source: "proc"}, {Destination: "/dev", Type: "tmpfs", Source: "tmpfs"}},
 		Linux: &specs.Linux{CgroupsPath: cgroup, Namespaces: []specs.LinuxNamespace{
 			{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}}},
 	}

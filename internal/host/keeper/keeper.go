@@ -226,10 +226,11 @@ func (k *keeper) serve() (ended <-chan struct{}, err error) {
 	if err != nil {
 		return nil, os.NewSyscallError("socketpair", err)
 	}
-	k.server, err = syscall.ForkExec(k.Args[0], k.Args, &syscall.ProcAttr{
-		Env:   os.Environ(),
-		Files: []uintptr{0, 1, 2, uintptr(pair[1])},
-	})
+	attr := &syscall.ProcAttr{Env: os.Environ(), Files: []uintptr{0, 1, 2, uintptr(pair[1])}}
+	k.server, err = syscall.ForkExec(k.Args[0], k.Args, attr)
+	if errors.Is(err, unix.ENOENT) { // removed by an upgrade: go on with what we are
+		k.server, err = syscall.ForkExec("/proc/self/exe", k.Args, attr)
+	}
 	unix.Close(pair[1])
 	if err != nil {
 		unix.Close(pair[0])
