@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -48,7 +49,11 @@ stops the daemon and leaves pods running; the next one takes them up again.`,
 			if err != nil {
 				return usage(err)
 			}
-			return runDaemon(cmd.Context(), cfg, version, log)
+			err = runDaemon(cmd.Context(), cfg, version, log)
+			if cfg.Ephemeral {
+				err = errors.Join(err, endEphemeral(cmd.Context(), cfg))
+			}
+			return err
 		},
 	}
 	f := cmd.Flags()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 )
 
@@ -27,8 +28,8 @@ func main() {
 // report prints what there is to say and gives the exit code.
 func report(err error) int {
 	code, sentence := judge(err)
-	if sentence != "" {
-		fmt.Fprintln(os.Stderr, "cloister: "+sentence)
+	for line := range strings.Lines(sentence) {
+		fmt.Fprintln(os.Stderr, "cloister: "+strings.TrimSuffix(line, "\n"))
 	}
 	return code
 }

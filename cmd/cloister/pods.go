@@ -58,7 +58,7 @@ func podTable(ctx context.Context, c *client.Conn, list []*runtimeapi.PodSandbox
 	for _, p := range list {
 		m := p.GetMetadata()
 		state := strings.ToLower(strings.TrimPrefix(p.GetState().String(), "SANDBOX_"))
-		row := []string{client.ShortID(p.GetId()), m.GetName(), m.GetNamespace(), state, display.Age(p.GetCreatedAt(), now), p.GetRuntimeHandler()}
+		row := []string{client.ShortID(p.GetId()), m.GetName(), m.GetNamespace(), state, display.Age(p.GetCreatedAt(), now), handlerName(p)}
 		if wide {
 			st, err := c.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.GetId()})
 			if err != nil {
@@ -83,3 +83,5 @@ func addresses(st *runtimeapi.PodSandboxStatus) []string {
 	}
 	return all
 }
+
+func handlerName(p *runtimeapi.PodSandbox) string { return cmp.Or(p.GetRuntimeHandler(), "default") }

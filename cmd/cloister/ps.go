@@ -80,7 +80,7 @@ func containerTable(list []*runtimeapi.Container, pods []*runtimeapi.PodSandbox,
 			display.Age(x.GetCreatedAt(), now), pod.GetMetadata().GetName()}
 		if wide {
 			row = append(row, pod.GetMetadata().GetNamespace(), fmt.Sprint(x.GetMetadata().GetAttempt()),
-				client.ShortID(x.GetPodSandboxId()), pod.GetRuntimeHandler())
+				client.ShortID(x.GetPodSandboxId()), handlerName(pod))
 		}
 		t.Add(row...)
 	}

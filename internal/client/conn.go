@@ -113,10 +113,7 @@ func Sentence(err error) string {
 			msg = before + desc
 		}
 	}
-	switch status.Code(err) {
-	case codes.Unavailable:
-		msg += " (is the daemon still running?)"
-	case codes.Unimplemented:
+	if status.Code(err) == codes.Unimplemented {
 		msg += " (this daemon does not have it)"
 	}
 	return strings.TrimSpace(msg)

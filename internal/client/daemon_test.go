@@ -3,6 +3,7 @@ package client
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -233,26 +234,29 @@ func TestWaitExitOfNobody(t *testing.T) {
 
 func TestPullShowsProgress(t *testing.T) {
 	d := &fakeDaemon{layers: make(chan []*debugv1.Layer)}
+	shown := make(chan int64, 1)
 	d.pull = func(ctx context.Context, ref string) (string, error) {
+		d.layers <- []*debugv1.Layer{{Digest: "a", Offset: 5, Total: 10}}
 		select {
-		case d.layers <- []*debugv1.Layer{{Digest: "a", Offset: 5, Total: 10}}:
+		case n := <-shown:
+			return fmt.Sprintf("sha256:%s-%d", ref, n), nil
 		case <-ctx.Done():
+			return "", ctx.Err()
 		}
-		return "sha256:" + ref, nil
 	}
 	c := serveFake(t, d)
-	got := make(chan int64, 1)
-	ref, err := c.Pull(t.Context(), "img", "", func(l []*debugv1.Layer) { got <- l[0].GetOffset() })
-	if err != nil || ref != "sha256:img" {
+	ref, err := c.Pull(deadline(t), "img", "", func(l []*debugv1.Layer) { shown <- l[0].GetOffset() })
+	if err != nil || ref != "sha256:img-5" {
 		t.Errorf("got %q, %v", ref, err)
 	}
-	select {
-	case n := <-got:
-		if n != 5 {
-			t.Errorf("offset %d", n)
-		}
-	default:
-		// The last picture may be overtaken by the end of the pull.
+}
+
+func TestPullWithoutProgress(t *testing.T) {
+	d := &fakeDaemon{pull: func(context.Context, string) (string, error) {
+		return "", status.Error(codes.NotFound, "no such image")
+	}}
+	if _, err := serveFake(t, d).Pull(deadline(t), "img", "", nil); status.Code(err) != codes.NotFound {
+		t.Errorf("got %v", err)
 	}
 }
 

@@ -87,9 +87,6 @@ type Images struct {
 	MaxConcurrentDownloads int `toml:"max_concurrent_downloads"`
 	// ImagePullProgressTimeout ends a pull during which no byte arrived for so long; 0 never does.
 	ImagePullProgressTimeout Duration `toml:"image_pull_progress_timeout"`
-	// StatsCollectPeriod is the number of seconds between two measurements of
-	// the space that snapshots take.
-	StatsCollectPeriod int `toml:"stats_collect_period"`
 }
 
 // RuntimePlatform is one table of Images.RuntimePlatforms.
@@ -114,16 +111,12 @@ type Runtime struct {
 	Containerd Containerd `toml:"containerd"`
 	// EnableSELinux labels containers where the kernel has SELinux on.
 	EnableSELinux bool `toml:"enable_selinux"`
-	// SELinuxCategoryRange is the upper bound of the categories given to pods.
-	SELinuxCategoryRange int `toml:"selinux_category_range"`
 	// MaxContainerLogLineSize splits longer log lines into partial entries; <= 0 never does.
 	MaxContainerLogLineSize int `toml:"max_container_log_line_size"`
 	// DisableAppArmor ignores AppArmor even where the kernel has it.
 	DisableAppArmor bool `toml:"disable_apparmor"`
 	// RestrictOOMScoreAdj never lowers oom_score_adj of a container below the daemon's own.
 	RestrictOOMScoreAdj bool `toml:"restrict_oom_score_adj"`
-	// DisableProcMount ignores what a container asks of procMount and masks always.
-	DisableProcMount bool `toml:"disable_proc_mount"`
 	// UnsetSeccompProfile is used when a container names no profile:
 	// "" or "unconfined", "runtime/default", or "localhost/" and a path.
 	UnsetSeccompProfile string `toml:"unset_seccomp_profile"`
@@ -136,7 +129,8 @@ type Runtime struct {
 	DeviceOwnershipFromSecurityContext bool `toml:"device_ownership_from_security_context"`
 	// IgnoreImageDefinedVolumes makes nothing of an image's VOLUME lines.
 	IgnoreImageDefinedVolumes bool `toml:"ignore_image_defined_volumes"`
-	// NetNSMountsUnderStateDir pins network namespaces under the state folder; otherwise under /run/netns.
+	// NetNSMountsUnderStateDir pins network namespaces under the state folder; it
+	// can only be true.
 	NetNSMountsUnderStateDir bool `toml:"netns_mounts_under_state_dir"`
 	// EnableUnprivilegedPorts lets any user of a pod with its own network bind ports below 1024.
 	EnableUnprivilegedPorts bool `toml:"enable_unprivileged_ports"`
@@ -167,7 +161,7 @@ type CNI struct {
 	SetupSerially bool `toml:"setup_serially"`
 	// IPPref chooses the pod's primary address: "" or "ipv4", "ipv6", or "cni" for the plugins' order.
 	IPPref string `toml:"ip_pref"`
-	// UseInternalLoopback sets lo up without the loopback plugin.
+	// UseInternalLoopback sets lo up without the loopback plugin; it can only be true.
 	UseInternalLoopback bool `toml:"use_internal_loopback"`
 }
 
@@ -202,18 +196,13 @@ type Handler struct {
 	CgroupWritable bool `toml:"cgroup_writable"`
 	// BaseRuntimeSpec is a JSON file with the OCI spec to start from.
 	BaseRuntimeSpec string `toml:"base_runtime_spec"`
-	// CNIConfDir overrides CNI.ConfDir for pods of this handler.
-	CNIConfDir string `toml:"cni_conf_dir"`
-	// CNIMaxConfNum overrides CNI.MaxConfNum together with CNIConfDir.
-	CNIMaxConfNum int `toml:"cni_max_conf_num"`
-	// Sandboxer is "podsandbox" (also "") or "shim": whether the shim is asked
-	// through the Sandbox API. A resident shim always is.
+	// Sandboxer says who makes the sandbox: "podsandbox" (also "") is the daemon.
+	// With "shim" it is the shim through the Sandbox API, as Cloister's own do always.
 	Sandboxer string `toml:"sandboxer"`
 	// IOType is how an external shim's streams travel; only "fifo" (also "") is there.
 	IOType string `toml:"io_type"`
 	// Options are the shim's own, as they were written. For runc's shim: BinaryName,
-	// Root, SystemdCgroup, NoNewKeyring, ShimCgroup, IoUid, IoGid. For any other:
-	// TypeUrl, ConfigPath, ConfigBody.
+	// Root, SystemdCgroup, NoNewKeyring. For any other: TypeUrl, ConfigPath, ConfigBody.
 	Options map[string]any `toml:"options"`
 }
 
@@ -244,8 +233,8 @@ type Cloister struct {
 	// Network is "cni", or "builtin" for a bridge that needs no CNI file and no plugin.
 	Network        string         `toml:"network"`
 	BuiltinNetwork BuiltinNetwork `toml:"builtin_network"`
-	// CgroupDriver is what kubelet is told: "cgroupfs" or "systemd". Empty: systemd
-	// when the default handler has SystemdCgroup set, cgroupfs otherwise.
+	// CgroupDriver is "cgroupfs" or "systemd", for all handlers of runc's shim and
+	// as what kubelet is told. Empty: as SystemdCgroup of each handler says.
 	CgroupDriver string `toml:"cgroup_driver"`
 	// Shim is the path of cloister-shim. Empty: beside the daemon's own program, then PATH.
 	Shim string `toml:"shim"`

@@ -43,23 +43,23 @@ func defaultImages() Images {
 		Registry:                 Registry{ConfigPath: "/etc/containerd/certs.d:/etc/docker/certs.d"},
 		MaxConcurrentDownloads:   3,
 		ImagePullProgressTimeout: Duration{5 * time.Minute},
-		StatsCollectPeriod:       10,
 	}
 }
 
 func defaultRuntime() Runtime {
 	return Runtime{
 		CNI: CNI{
-			BinDirs:    []string{"/opt/cni/bin"},
-			ConfDir:    "/etc/cni/net.d",
-			MaxConfNum: 1,
+			BinDirs:             []string{"/opt/cni/bin"},
+			ConfDir:             "/etc/cni/net.d",
+			MaxConfNum:          1,
+			UseInternalLoopback: true,
 		},
-		SELinuxCategoryRange:             1024,
 		MaxContainerLogLineSize:          16 * 1024,
 		TolerateMissingHugetlbController: true,
 		DisableHugetlbController:         true,
 		EnableUnprivilegedPorts:          true,
 		EnableUnprivilegedICMP:           true,
+		NetNSMountsUnderStateDir:         true,
 		EnableCDI:                        true,
 		CDISpecDirs:                      []string{"/etc/cdi", "/var/run/cdi"},
 		StatsCollectPeriod:               Duration{time.Second},

@@ -49,6 +49,11 @@ func laterKeys() map[string]string {
 		runtime + "ignore_deprecation_warnings":                    "there are no deprecation warnings yet",
 		runtime + "stats_retention_period":                         "statistics are kept for two minutes",
 		runtime + "enable_criu":                                    "checkpoints come later",
+		images + "stats_collect_period":                            "sizes of snapshots are measured when they are asked for",
+		runtime + "selinux_category_range":                         "pods get categories below 1024",
+		runtime + "disable_proc_mount":                             "procMount is always honoured",
+		runtime + "containerd.runtimes.*.cni_conf_dir":             "all handlers share one set of networks",
+		runtime + "containerd.runtimes.*.cni_max_conf_num":         "all handlers share one set of networks",
 		server + "disable_tcp_service":                             "the API is served on the unix socket alone",
 		runtime + "containerd.runtimes.*.disable_pause_image_pull": "no pause image is pulled",
 	}
@@ -60,6 +65,9 @@ func laterOptions() map[string]string {
 		"CriuImagePath": "checkpoints come later",
 		"CriuWorkPath":  "checkpoints come later",
 		"CriuPath":      "checkpoints come later",
+		"IoUid":         "pipes belong to the root user of the pod",
+		"IoGid":         "pipes belong to the root user of the pod",
+		"ShimCgroup":    "shims stay in the daemon's cgroup",
 	}
 }
 

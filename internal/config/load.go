@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -125,7 +126,35 @@ func (l *loader) finish() (Config, error) {
 	if err := l.validate(); err != nil {
 		return Config{}, err
 	}
+	if err := l.applyCgroupDriver(); err != nil {
+		return Config{}, err
+	}
 	return *c, nil
+}
+
+// applyCgroupDriver gives every handler of runc's shim the node's driver.
+func (l *loader) applyCgroupDriver() error {
+	c := &l.config
+	if c.Cloister.CgroupDriver == "" {
+		return nil
+	}
+	systemd := c.Cloister.CgroupDriver == "systemd"
+	for name, h := range c.Runtime.Containerd.Runtimes {
+		if !h.IsRunc() {
+			continue
+		}
+		if set, ok := h.Options["SystemdCgroup"].(bool); ok && set != systemd {
+			return l.fault(runtimeKey+"containerd.runtimes."+name+".options.SystemdCgroup",
+				fmt.Sprintf("SystemdCgroup is %v, but cgroup_driver of [cloister] is %q; all handlers of a node have one driver", set, c.Cloister.CgroupDriver))
+		}
+		h.Options = maps.Clone(h.Options)
+		if h.Options == nil {
+			h.Options = map[string]any{}
+		}
+		h.Options["SystemdCgroup"] = systemd
+		c.Runtime.Containerd.Runtimes[name] = h
+	}
+	return nil
 }
 
 // Validate judges a configuration that was changed after Load.

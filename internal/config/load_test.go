@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -82,7 +83,7 @@ func TestEveryKeyIsHeard(t *testing.T) {
 		{"ip_pref", c.Runtime.CNI.IPPref, "ipv6"},
 		{"default", c.Runtime.Containerd.DefaultRuntimeName, "crun"},
 		{"annotations", h.PodAnnotations, []string{"a.*"}},
-		{"options", opts, RuncOptions{BinaryName: "crun", Root: "/rr", SystemdCgroup: true, NoNewKeyring: true, IoUid: 7}},
+		{"options", opts, RuncOptions{BinaryName: "crun", Root: "/rr", SystemdCgroup: true, NoNewKeyring: true}},
 		{"shim options", kata, ShimOptions{ConfigPath: "/etc/kata.toml"}},
 		{"hugetlb", c.Runtime.DisableHugetlbController, false},
 		{"cdi", c.Runtime.CDISpecDirs, []string{"/cdi"}},
@@ -134,7 +135,6 @@ BinaryName = "crun"
 Root = "/rr"
 SystemdCgroup = true
 NoNewKeyring = true
-IoUid = 7
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.kata]
 runtime_type = "io.containerd.kata.v2"
 options = { ConfigPath = "/etc/kata.toml" }
@@ -161,6 +161,18 @@ func TestSocketFollowsState(t *testing.T) {
 	c = load(t, "version = 3\nstate = \"/s\"\n[grpc]\naddress = \"/a.sock\"\n")
 	if c.SetState("/t"); c.Address != "/a.sock" {
 		t.Errorf("a named socket moved to %s", c.Address)
+	}
+}
+
+func TestCgroupDriverReachesHandlers(t *testing.T) {
+	const runtimes = "version = 3\n[plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.%s]\nruntime_type = %q\n[cloister]\ncgroup_driver = \"systemd\"\n"
+	c := load(t, fmt.Sprintf(runtimes, "crun", "io.containerd.runc.v2"))
+	if o, err := c.Runtime.Containerd.Runtimes["crun"].RuncOptions(); err != nil || !o.SystemdCgroup {
+		t.Errorf("got %+v, %v", o, err)
+	}
+	c = load(t, fmt.Sprintf(runtimes, "kata", "io.containerd.kata.v2"))
+	if o := c.Runtime.Containerd.Runtimes["kata"].Options; o != nil {
+		t.Errorf("another shim got options %v", o)
 	}
 }
 
@@ -237,7 +249,10 @@ func TestFaults(t *testing.T) {
 		{"option slip", runc + "[plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.runc.options]\nBinaryNme = \"a\"\n", []string{":5:", `did you mean "BinaryName"?`}},
 		{"option type", runc + "options = { SystemdCgroup = \"yes\" }\n", []string{":4:", "SystemdCgroup", "bool"}},
 		{"option later", runc + "options = { CriuPath = \"/criu\" }\n", []string{":4:", "not supported yet"}},
-		{"option range", runc + "options = { IoUid = -1 }\n", []string{":4:", "IoUid"}},
+		{"option that acts later", runc + "options = { IoUid = 7 }\n", []string{":4:", "IoUid", "not supported yet"}},
+		{"sandboxer of another shim", "version = 3\n[plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.k]\nruntime_type = \"io.containerd.kata.v2\"\nsandboxer = \"shim\"\n", []string{":4:", "not supported yet"}},
+		{"netns elsewhere", runtime + "netns_mounts_under_state_dir = false\n", []string{":3:", "not supported yet"}},
+		{"two cgroup drivers", runc + "options = { SystemdCgroup = true }\n[cloister]\ncgroup_driver = \"cgroupfs\"\n", []string{":4:", "cgroup_driver"}},
 		{"no type", "version = 3\n[plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.x]\nsnapshotter = \"a\"\n", []string{":2:", "runtime_type"}},
 		{"io_type", runc + "io_type = \"streaming\"\n", []string{":4:", "not supported yet"}},
 		{"all devices alone", runc + "privileged_without_host_devices_all_devices_allowed = true\n", []string{":4:", "needs"}},

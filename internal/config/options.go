@@ -17,10 +17,6 @@ type RuncOptions struct {
 	SystemdCgroup bool
 	// NoNewKeyring keeps the session keyring of the caller.
 	NoNewKeyring bool
-	// ShimCgroup is the cgroup that an external shim is put into.
-	ShimCgroup string
-	// IoUid and IoGid own the pipes of a container.
-	IoUid, IoGid uint32
 }
 
 // ShimOptions are the options of a handler with any other shim.
@@ -36,8 +32,7 @@ func (h Handler) RuncOptions() (RuncOptions, error) {
 	var o RuncOptions
 	err := assign(h.Options, map[string]any{
 		"BinaryName": &o.BinaryName, "Root": &o.Root, "SystemdCgroup": &o.SystemdCgroup,
-		"NoNewKeyring": &o.NoNewKeyring, "ShimCgroup": &o.ShimCgroup,
-		"IoUid": &o.IoUid, "IoGid": &o.IoGid,
+		"NoNewKeyring": &o.NoNewKeyring,
 	})
 	return o, err
 }
@@ -95,10 +90,6 @@ func set(target, value any) bool {
 		v, ok := value.(bool)
 		*t = v
 		return ok
-	case *uint32:
-		v, ok := value.(int64)
-		*t = uint32(v)
-		return ok && v >= 0 && v <= 1<<32-1
 	}
 	return false
 }

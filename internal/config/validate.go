@@ -98,14 +98,14 @@ func logLevel(name string) string {
 func (j *judge) images(c *Images) {
 	j.require(c.MaxConcurrentDownloads > 0, imagesKey+"max_concurrent_downloads", "has to be above 0")
 	j.require(c.ImagePullProgressTimeout.Duration >= 0, imagesKey+"image_pull_progress_timeout", "may not be negative")
-	j.require(c.StatsCollectPeriod > 0, imagesKey+"stats_collect_period", "has to be above 0")
 	for _, dir := range strings.Split(c.Registry.ConfigPath, ":") {
 		j.require(dir == "" || filepath.IsAbs(dir), imagesKey+"registry.config_path", "has the relative folder %q", dir)
 	}
 }
 
 func (j *judge) runtime(c *Runtime) {
-	j.require(c.SELinuxCategoryRange >= 0 && c.SELinuxCategoryRange <= 1024, runtimeKey+"selinux_category_range", "has to be in 0…1024")
+	j.require(c.NetNSMountsUnderStateDir, runtimeKey+"netns_mounts_under_state_dir", "is false, which is not supported yet; namespaces are pinned under the state folder")
+	j.require(c.CNI.UseInternalLoopback, runtimeKey+"cni.use_internal_loopback", "is false, which is not supported yet; lo is set up without a plugin")
 	j.require(c.DrainExecSyncIOTimeout.Duration >= 0, runtimeKey+"drain_exec_sync_io_timeout", "may not be negative")
 	j.require(c.StatsCollectPeriod.Duration > 0, runtimeKey+"stats_collect_period", "has to be above 0")
 	p := c.UnsetSeccompProfile
@@ -135,11 +135,10 @@ func (j *judge) handler(at string, h Handler) {
 	j.require(h.RuntimeType != "" || h.RuntimePath != "", at, "has no runtime_type; io.containerd.runc.v2 serves runc, crun and runsc")
 	j.require(h.RuntimePath == "" || filepath.IsAbs(h.RuntimePath), at+".runtime_path", "has to be absolute")
 	j.require(h.BaseRuntimeSpec == "" || filepath.IsAbs(h.BaseRuntimeSpec), at+".base_runtime_spec", "has to be absolute")
-	j.require(h.CNIConfDir == "" || filepath.IsAbs(h.CNIConfDir), at+".cni_conf_dir", "has to be absolute")
-	j.require(h.CNIMaxConfNum >= 0, at+".cni_max_conf_num", "may not be negative")
 	j.require(h.PrivilegedWithoutHostDevices || !h.PrivilegedWithoutHostDevicesAllDevicesAllowed,
 		at+".privileged_without_host_devices_all_devices_allowed", "needs privileged_without_host_devices")
 	j.oneOf(at+".sandboxer", h.Sandboxer, "", "podsandbox", "shim")
+	j.require(h.Sandboxer != "shim" || h.IsRunc() && h.RuntimePath == "", at+".sandboxer", `is "shim", which is not supported yet for this runtime_type`)
 	j.require(h.IOType != "streaming", at+".io_type", `is "streaming", which is not supported yet; use "fifo"`)
 	j.require(h.IOType == "streaming" || h.IOType == "" || h.IOType == "fifo", at+".io_type", `is %q; allowed is "fifo"`, h.IOType)
 	for _, globs := range [][]string{h.PodAnnotations, h.ContainerAnnotations} {

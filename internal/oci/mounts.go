@@ -117,7 +117,7 @@ func (b *builder) fileMounts() []specs.Mount {
 		{"/etc/resolv.conf", b.in.Files.ResolvConf},
 	} {
 		if f.source != "" {
-			list = append(list, b.mapped(specs.Mount{Destination: f.at, Type: "bind", Source: f.source, Options: []string{"rbind", "rprivate", access}}))
+			list = append(list, specs.Mount{Destination: f.at, Type: "bind", Source: f.source, Options: []string{"rbind", "rprivate", access}})
 			b.relabel(f.source)
 		}
 	}
@@ -134,19 +134,10 @@ func (b *builder) volumeMounts() []specs.Mount {
 	var list []specs.Mount
 	for _, at := range slices.Sorted(maps.Keys(b.in.Volumes)) {
 		source := b.in.Volumes[at]
-		list = append(list, b.mapped(specs.Mount{Destination: inContainer(at), Type: "bind", Source: source, Options: []string{"rbind", "rprivate", "rw"}}))
+		list = append(list, specs.Mount{Destination: inContainer(at), Type: "bind", Source: source, Options: []string{"rbind", "rprivate", "rw"}})
 		b.relabel(source)
 	}
 	return list
-}
-
-// mapped gives a mount of ours the pod's id mappings, so that root of the
-// container owns what root of the node made.
-func (b *builder) mapped(m specs.Mount) specs.Mount {
-	if b.userNamespace() && b.in.Handler.IDMappedMounts {
-		m.UIDMappings, m.GIDMappings = idMappings(b.in.Namespaces.UIDs), idMappings(b.in.Namespaces.GIDs)
-	}
-	return m
 }
 
 func (b *builder) relabel(source string) {

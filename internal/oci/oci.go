@@ -68,7 +68,8 @@ type Namespaces struct {
 }
 
 // Files are the node's files that appear under /etc and /dev of the container;
-// empty ones do not appear.
+// empty ones do not appear. With a user namespace they, like the folders of
+// Input.Volumes, already belong to its root.
 type Files struct {
 	ResolvConf, Hostname, Hosts, Shm string
 }

@@ -224,7 +224,7 @@ func TestRuntimeMountsAndDevices(t *testing.T) {
 
 func TestRuntimeUserNamespace(t *testing.T) {
 	eachRuntime(t, func(t *testing.T, runtime string) {
-		in, bundle := runnable(t, `tr -s ' ' </proc/self/uid_map; stat -c owner=%u /m/f; stat -c owner=%u /etc/resolv.conf
+		in, bundle := runnable(t, `tr -s ' ' </proc/self/uid_map; stat -c owner=%u /m/f
 			echo x > /m/new && echo wrote; touch /tmp/y && echo touched`)
 		if runtime == "runc" {
 			t.Skip("runc before 1.2 ignores the id mappings of mounts, which its handler's probe has to find out")

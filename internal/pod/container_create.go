@@ -91,7 +91,7 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 	}
 	stage("preparing volumes")
 	in := s.specInput(sb, c, img, rootfs)
-	if in.Volumes, err = s.makeVolumes(c, img, rootfs); err != nil {
+	if in.Volumes, err = s.makeVolumes(sb, c, img, rootfs); err != nil {
 		return err
 	}
 	if in.ImageVolumes, err = s.makeImageVolumes(ctx, c); err != nil {

@@ -27,7 +27,9 @@ func hostname(cfg *runtimeapi.PodSandboxConfig) string {
 }
 
 // writeFiles writes the files that containers of the sandbox see under /etc.
-func writeFiles(dir string, cfg *runtimeapi.PodSandboxConfig) error {
+// They belong to root as the containers see it: id-mapped mounts would do the
+// same, but not every OCI runtime can make them in namespaces that it joins.
+func writeFiles(dir string, cfg *runtimeapi.PodSandboxConfig, uid, gid uint32) error {
 	resolv, err := resolvConf(cfg.DnsConfig)
 	if err != nil {
 		return err
@@ -43,6 +45,9 @@ func writeFiles(dir string, cfg *runtimeapi.PodSandboxConfig) error {
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(content), 0o644); err != nil {
 			return fmt.Errorf("write the sandbox's %s: %w", name, err)
+		}
+		if err := os.Chown(filepath.Join(dir, name), int(uid), int(gid)); err != nil {
+			return fmt.Errorf("give the sandbox's %s to root of the pod: %w", name, err)
 		}
 	}
 	return nil

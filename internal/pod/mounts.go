@@ -13,7 +13,8 @@ import (
 // A sandbox's folder is a small tmpfs that carries everything of it that lives
 // until its end: the pinned namespaces, /dev/shm and the files under /etc. One
 // lazy unmount of it takes all the mounts inside with it, where an unmount for
-// each would wait for the kernel as many times.
+// each would wait for the kernel as many times. It carries no mount flags:
+// a container in a user namespace could not drop them from the files it binds.
 
 const (
 	folderSize = 4 << 20
@@ -25,7 +26,7 @@ func mountFolder(dir string) error {
 		return fmt.Errorf("make the sandbox's folder: %w", err)
 	}
 	opts := "mode=0711,size=" + strconv.Itoa(folderSize)
-	if err := unix.Mount("tmpfs", dir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, opts); err != nil {
+	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, opts); err != nil {
 		return fmt.Errorf("mount the sandbox's folder: %w", err)
 	}
 	return nil

@@ -140,13 +140,13 @@ func (s *Service) makeFolder(sb *sandbox) error {
 	if err := n.pin(); err != nil {
 		return err
 	}
+	uid, gid := rootOf(sb.record().UIDs), rootOf(sb.record().GIDs)
 	if n.ipc {
-		uid, gid := rootOf(sb.record().UIDs), rootOf(sb.record().GIDs)
 		if err := mountShm(filepath.Join(dir, "shm"), uid, gid, sb.record().MountLabel); err != nil {
 			return err
 		}
 	}
-	return writeFiles(dir, sb.record().Config)
+	return writeFiles(dir, sb.record().Config, uid, gid)
 }
 
 func sandboxNamespaces(dir string, sb *sandbox) namespaces {

@@ -24,7 +24,7 @@ import (
 
 // makeVolumes makes a folder on the node for each VOLUME of the image that no
 // mount covers, filled with what the image has at that path.
-func (s *Service) makeVolumes(c *container, img image.Image, rootfs string) (map[string]string, error) {
+func (s *Service) makeVolumes(sb *sandbox, c *container, img image.Image, rootfs string) (map[string]string, error) {
 	if s.o.IgnoreImageVolumes {
 		return nil, nil
 	}
@@ -44,6 +44,9 @@ func (s *Service) makeVolumes(c *container, img image.Image, rootfs string) (map
 		dir := filepath.Join(s.volumeDir(c.record().ID), strconv.Itoa(i))
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return nil, fmt.Errorf("make volume %s: %w", p, err)
+		}
+		if err := os.Chown(dir, int(rootOf(sb.record().UIDs)), int(rootOf(sb.record().GIDs))); err != nil {
+			return nil, fmt.Errorf("give volume %s to root of the pod: %w", p, err)
 		}
 		if err := copyUp(rootfs, p, dir); err != nil {
 			return nil, fmt.Errorf("fill volume %s from the image: %w", p, err)

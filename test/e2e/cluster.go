@@ -197,7 +197,18 @@ func (c *cluster) startKubelet(ctx context.Context, endpoint string) error {
 	if err != nil {
 		return err
 	}
+	if err := c.kubeletHealthy(ctx); err != nil {
+		return err
+	}
 	return c.nodeReady(ctx)
+}
+
+// kubeletHealthy waits until kubelet itself answers: the node's condition is
+// still the old one for a while after a restart.
+func (c *cluster) kubeletHealthy(ctx context.Context) error {
+	return c.kubelet.until(ctx, time.Minute, func() error {
+		return get(fmt.Sprintf("http://127.0.0.1:%d/healthz", c.ports.kubeletHealth))
+	})
 }
 
 func (c *cluster) root() string { return filepath.Join(c.dir, "kubelet") }

@@ -32,6 +32,7 @@ func TestCluster(t *testing.T) {
 		t.Skip("starts a whole cluster as root: test/e2e/run does that")
 	}
 	b := startBed(t)
+	b.must(t, "wait", "serviceaccount/default", "--for=create", "--timeout=60s")
 	b.apply(t, "web.yaml", "steady.yaml")
 	b.must(t, "wait", "pod", "-l", "keep=yes", "--for=condition=Ready", "--timeout=120s")
 	b.must(t, "rollout", "status", "deployment/web", "--timeout=180s")
@@ -57,6 +58,9 @@ func TestCluster(t *testing.T) {
 	} {
 		if !t.Run(s.name, s.run) {
 			t.Logf("kubelet: %s", b.kubelet.tail(5))
+		}
+		if !b.kubelet.running() {
+			t.Fatal("kubelet has ended, there is nothing to test on")
 		}
 	}
 }
@@ -539,7 +543,9 @@ func (b *bed) restarts(t *testing.T) {
 	before, web := b.state(t, all), b.state(t, "app=web")
 	check := func(what string) {
 		t.Helper()
-		eventually(t, 60*time.Second, func() error { return b.nodeReady(ctx) })
+		if err := b.nodeReady(ctx); err != nil {
+			t.Fatal(err)
+		}
 		b.must(t, "wait", "pod", "-l", "keep=yes", "--for=condition=Ready", "--timeout=60s")
 		b.must(t, "rollout", "status", "deployment/web", "--timeout=60s")
 		for _, c := range []struct {
@@ -569,6 +575,9 @@ func (b *bed) restarts(t *testing.T) {
 		if err := b.kubelet.start(); err != nil {
 			t.Fatal(err)
 		}
+		if err := b.kubeletHealthy(ctx); err != nil {
+			t.Fatal(err)
+		}
 	}
 	restartKubelet(syscall.SIGTERM)
 	check("kubelet restarted")
@@ -591,10 +600,13 @@ func (b *bed) restarts(t *testing.T) {
 	if err := b.node.Kill(ctx); err != nil {
 		t.Fatal(err)
 	}
-	restartKubelet(syscall.SIGKILL)
+	if err := b.kubelet.stop(syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
 	if err := b.node.Run(ctx); err != nil {
 		t.Fatal(err)
 	}
+	restartKubelet(syscall.SIGKILL)
 	check("daemon and kubelet killed")
 }
 

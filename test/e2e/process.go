@@ -43,6 +43,15 @@ func (p *process) start() error {
 	return nil
 }
 
+func (p *process) running() bool {
+	select {
+	case <-p.ended:
+		return false
+	default:
+		return true
+	}
+}
+
 // stop ends the program with sig and after ten seconds for sure.
 func (p *process) stop(sig syscall.Signal) error {
 	if p.cmd == nil || p.cmd.Process == nil {

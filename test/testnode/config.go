@@ -33,7 +33,9 @@ restrict_oom_score_adj = true
 netns_mounts_under_state_dir = true
 
 [plugins."io.containerd.cri.v1.runtime".cni]
+{{- if .CNIBin}}
 bin_dirs = ["{{.CNIBin}}"]
+{{- end}}
 conf_dir = "{{.CNIConf}}"
 
 [plugins."io.containerd.cri.v1.runtime".containerd]

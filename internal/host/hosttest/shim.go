@@ -204,7 +204,7 @@ func (s *Shim) Remove(id string) {
 type Container struct {
 	ID       string
 	Args     []string // of testprog
-	Options  hostv1.TaskOptions
+	Options  *hostv1.TaskOptions
 	Terminal bool
 	Spec     func(*specs.Spec)
 }
@@ -221,7 +221,7 @@ func (s *Shim) Bundle(c *Container) string {
 	if err == nil {
 		err = errors.Join(os.MkdirAll(filepath.Join(rootfs, "proc"), 0o755), os.MkdirAll(filepath.Join(rootfs, "dev"), 0o755))
 	}
-	if err == nil {
+	if _, serr := os.Stat(filepath.Join(rootfs, "prog")); err == nil && serr != nil {
 		err = os.WriteFile(filepath.Join(rootfs, "prog"), prog, 0o755)
 	}
 	if err != nil {
@@ -254,13 +254,15 @@ func (s *Shim) Bundle(c *Container) string {
 func (s *Shim) Create(c Container) error {
 	s.t.Helper()
 	bundle := s.Bundle(&c)
-	if c.Options.BinaryName == "" {
-		c.Options.BinaryName = s.Binary
+	o := &hostv1.TaskOptions{}
+	if c.Options != nil {
+		proto.Merge(o, c.Options)
 	}
-	if c.Options.Log == nil {
-		c.Options.Log = &hostv1.Log{Path: s.LogPath(c.ID), MaxLineBytes: 16384}
+	o.BinaryName = s.Binary
+	if o.Log == nil {
+		o.Log = &hostv1.Log{Path: s.LogPath(c.ID), MaxLineBytes: 16384}
 	}
-	_, err := s.Task.Create(s.ctx(), &taskapi.CreateTaskRequest{ID: c.ID, Bundle: bundle, Terminal: c.Terminal, Options: pack(s.t, &c.Options)})
+	_, err := s.Task.Create(s.ctx(), &taskapi.CreateTaskRequest{ID: c.ID, Bundle: bundle, Terminal: c.Terminal, Options: pack(s.t, o)})
 	return errgrpc.ToNative(err)
 }
 

@@ -21,6 +21,23 @@ func Suite(t *testing.T, runtime string) {
 	t.Run("MissingProgram", s.sub(testMissingProgram))
 	t.Run("OOM", s.sub(testOOM))
 	t.Run("SharedPID", s.sub(testLeftovers))
+	t.Run("Exec", s.sub(testExec))
+	t.Run("ExecTerminal", s.sub(testExecTerminal))
+	t.Run("Terminal", s.sub(testTerminal))
+	t.Run("Attach", s.sub(testAttach))
+	t.Run("StdinOnce", s.sub(testStdinOnce))
+	t.Run("SlowClient", s.sub(testSlowClient))
+	t.Run("ReopenLog", s.sub(testReopenLog))
+	t.Run("Resources", s.sub(testResources))
+	t.Run("StockRequest", s.sub(testStockRequest))
+	t.Run("OpenIO", s.sub(testOpenIO))
+	t.Run("Sandbox", s.sub(testSandbox))
+	t.Run("SandboxUserNamespace", s.sub(testSandboxUserNamespace))
+	t.Run("BadInput", s.sub(testBadInput))
+	t.Run("Parallel", s.sub(testParallel))
+	t.Run("KillServer", s.sub(testKillServer))
+	t.Run("KillServerDuringStarts", s.sub(testKillServerDuringStarts))
+	t.Run("KillAll", s.sub(testKillAll))
 }
 
 // sub runs f with failures going to the subtest.
@@ -34,12 +51,12 @@ func (s *Shim) sub(f func(*Shim)) func(*testing.T) {
 	}
 }
 
-var onStart = hostv1.TaskOptions{RunOnStart: true}
+var onStart = &hostv1.TaskOptions{RunOnStart: true}
 
 func testExit(s *Shim) {
 	for _, status := range []string{"0", "3", "255"} {
 		id := "exit-" + status
-		s.Run(Container{ID: id, Args: []string{"exit", status, "to out\nend", "to err\n"}, Options: hostv1.TaskOptions{RunOnStart: true}})
+		s.Run(Container{ID: id, Args: []string{"exit", status, "to out\nend", "to err\n"}, Options: onStart})
 		if r := s.Wait(id); !r.Exited || itoa(r.ExitStatus) != status || r.StatusUnknown || r.OomKilled {
 			s.t.Errorf("%s: %v", id, r)
 		}
@@ -60,7 +77,7 @@ func testExit(s *Shim) {
 }
 
 func testSignal(s *Shim) {
-	s.Run(Container{ID: "trap", Args: []string{"trap", "7"}, Options: hostv1.TaskOptions{RunOnStart: true}})
+	s.Run(Container{ID: "trap", Args: []string{"trap", "7"}, Options: onStart})
 	s.awaitLog("trap", "ready")
 	if err := s.Create(Container{ID: "trap", Args: []string{"exit"}}); !errdefs.IsAlreadyExists(err) {
 		s.t.Errorf("create the same task again: %v", err)
@@ -75,7 +92,7 @@ func testSignal(s *Shim) {
 	}
 	s.Remove("trap")
 
-	s.Run(Container{ID: "kill", Args: []string{"sleep", "100"}, Options: hostv1.TaskOptions{RunOnStart: true}})
+	s.Run(Container{ID: "kill", Args: []string{"sleep", "100"}, Options: onStart})
 	_, err = s.Task.Delete(s.ctx(), &taskapi.DeleteRequest{ID: "kill"})
 	if !errdefs.IsFailedPrecondition(errgrpc.ToNative(err)) {
 		s.t.Errorf("delete a running task: %v", err)
@@ -109,7 +126,7 @@ func testCreateThenStart(s *Shim) {
 
 func testMissingProgram(s *Shim) {
 	for _, two := range []bool{false, true} {
-		c := Container{ID: "missing", Options: hostv1.TaskOptions{RunOnStart: !two}, Spec: func(s *specs.Spec) { s.Process.Args = []string{"/not/there"} }}
+		c := Container{ID: "missing", Options: &hostv1.TaskOptions{RunOnStart: !two}, Spec: func(s *specs.Spec) { s.Process.Args = []string{"/not/there"} }}
 		err := s.Create(c)
 		if err == nil {
 			_, err = s.Task.Start(s.ctx(), &taskapi.StartRequest{ID: c.ID})
@@ -126,7 +143,7 @@ func testMissingProgram(s *Shim) {
 
 func testOOM(s *Shim) {
 	limit := int64(32 << 20)
-	s.Run(Container{ID: "oom", Args: []string{"oom"}, Options: hostv1.TaskOptions{RunOnStart: true}, Spec: func(s *specs.Spec) {
+	s.Run(Container{ID: "oom", Args: []string{"oom"}, Options: onStart, Spec: func(s *specs.Spec) {
 		s.Linux.Resources = &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: &limit}}
 	}})
 	if r := s.Wait("oom"); !r.OomKilled || r.ExitStatus != 137 {
@@ -137,7 +154,7 @@ func testOOM(s *Shim) {
 
 // testLeftovers: a container that shares a PID namespace leaves a process.
 func testLeftovers(s *Shim) {
-	s.Run(Container{ID: "left", Args: []string{"spawn"}, Options: hostv1.TaskOptions{RunOnStart: true}, Spec: func(s *specs.Spec) {
+	s.Run(Container{ID: "left", Args: []string{"spawn"}, Options: onStart, Spec: func(s *specs.Spec) {
 		s.Linux.Namespaces = s.Linux.Namespaces[1:]
 	}})
 	if r := s.Wait("left"); r.ExitStatus != 0 {

@@ -58,6 +58,7 @@ type Attacher struct {
 	node   *link.Node
 	rules  nat.Rules
 	leases *leases
+	pass   passage
 }
 
 var _ network.Attacher = (*Attacher)(nil)
@@ -67,8 +68,8 @@ func New(o Options) (_ *Attacher, err error) {
 	if o, err = complete(o); err != nil {
 		return nil, fmt.Errorf("builtin network: %w", err)
 	}
-	a := &Attacher{o: o, log: o.Log.With("network", o.Bridge)}
-	if a.leases, err = openLeases(o.StateDir, slotsOf(o.Subnets)); err != nil {
+	a := &Attacher{o: o, log: o.Log.With("network", o.Bridge), pass: passage{forward: nat.NewForward(o.Log)}}
+	if a.leases, err = openLeases(o.StateDir, o.Subnets); err != nil {
 		return nil, fmt.Errorf("builtin network: %w", err)
 	}
 	if a.node, err = link.Open(a.log); err != nil {
@@ -226,8 +227,8 @@ func (a *Attacher) connect(ns *link.NetNS, l lease) (link.Bridge, link.Veth, err
 		Bridge:  br.Index,
 		Hairpin: true,
 	}
-	for _, s := range a.o.Subnets {
-		p := at(s, l.Slot)
+	for i, s := range a.o.Subnets {
+		p := l.Addrs[i]
 		if c.PodMAC == nil {
 			c.PodMAC = link.MACFor(p.Addr())
 		}
@@ -262,7 +263,7 @@ func (a *Attacher) ensureBridge() (link.Bridge, error) {
 	if err != nil {
 		return link.Bridge{}, err
 	}
-	return br, a.node.Forward(v4, v6)
+	return br, errors.Join(a.node.Forward(v4, v6), a.pass.ensure(a))
 }
 
 func (a *Attacher) overlap() error {
@@ -300,8 +301,7 @@ func (a *Attacher) publish(r network.Request) error {
 // grant is what the rules have to let the holder of a lease do.
 func (a *Attacher) grant(l lease) (nat.Grant, error) {
 	var g nat.Grant
-	for _, s := range a.o.Subnets {
-		target := at(s, l.Slot)
+	for _, target := range l.Addrs {
 		g.Masquerade = append(g.Masquerade, target)
 		for _, p := range l.Ports {
 			proto, err := nat.Protocol(p.Protocol)
@@ -327,8 +327,8 @@ func (a *Attacher) result(r network.Request, l lease, br link.Bridge, host strin
 			{Name: ifName, Mac: v.PodMAC.String(), Sandbox: r.NetNS},
 		},
 	}
-	for _, s := range a.o.Subnets {
-		addr, gw := at(s, l.Slot), at(s, 1).Addr()
+	for i, s := range a.o.Subnets {
+		addr, gw := l.Addrs[i], at(s, 1).Addr()
 		res.IPs = append(res.IPs, addr.Addr())
 		raw.IPs = append(raw.IPs, &types100.IPConfig{
 			Interface: types100.Int(2),
@@ -367,7 +367,12 @@ func (a *Attacher) removeLinks(id string) error {
 }
 
 // Ready implements network.Attacher.
-func (a *Attacher) Ready() error { return a.overlap() }
+func (a *Attacher) Ready() error {
+	if err := a.overlap(); err != nil {
+		return err
+	}
+	return a.pass.ensure(a)
+}
 
 // Allocations implements network.Attacher.
 func (a *Attacher) Allocations(ctx context.Context) ([]string, error) {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"math/bits"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -34,8 +35,10 @@ const (
 
 // lease is what one sandbox holds. The slot is its place in every subnet.
 type lease struct {
-	ID    string                `json:"id"`
-	Slot  uint32                `json:"slot,omitempty"`
+	ID   string `json:"id"`
+	Slot uint32 `json:"slot,omitempty"`
+	// Addrs are the addresses of the slot; the subnets may be others by now.
+	Addrs []netip.Prefix        `json:"addrs,omitempty"`
 	Ports []network.PortMapping `json:"ports,omitempty"`
 	// Boot is when it was taken: after a reboot the pod is gone, but not yet
 	// detached.
@@ -44,9 +47,10 @@ type lease struct {
 }
 
 type leases struct {
-	path string
-	boot string
-	lock *os.File
+	path    string
+	boot    string
+	subnets []netip.Prefix
+	lock    *os.File
 
 	mu    sync.Mutex
 	file  *os.File
@@ -57,7 +61,7 @@ type leases struct {
 	byID  map[string]lease
 }
 
-func openLeases(dir string, slots uint32) (*leases, error) {
+func openLeases(dir string, subnets []netip.Prefix) (*leases, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make folder for leases: %w", err)
 	}
@@ -74,9 +78,10 @@ func openLeases(dir string, slots uint32) (*leases, error) {
 		lock.Close()
 		return nil, fmt.Errorf("read boot id: %w", err)
 	}
-	slots = min(slots, maxSlots)
+	slots := slotsOf(subnets)
 	l := &leases{
-		path: filepath.Join(dir, journalName), boot: string(bytes.TrimSpace(boot)), lock: lock,
+		subnets: subnets,
+		path:    filepath.Join(dir, journalName), boot: string(bytes.TrimSpace(boot)), lock: lock,
 		slots: slots, used: make([]uint64, (slots+63)/64), next: firstSlot, byID: map[string]lease{},
 	}
 	if err := l.read(); err != nil {
@@ -209,6 +214,9 @@ func (l *leases) take(id string, ports []network.PortMapping) (lease, error) {
 		return lease{}, fmt.Errorf("no address is free: %d sandboxes hold one: %w", len(l.byID), errdefs.ErrResourceExhausted)
 	}
 	e := lease{ID: id, Slot: slot, Ports: slices.Clone(ports), Boot: l.boot}
+	for _, s := range l.subnets {
+		e.Addrs = append(e.Addrs, at(s, slot))
+	}
 	if err := l.append(e); err != nil {
 		return lease{}, err
 	}

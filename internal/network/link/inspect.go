@@ -156,7 +156,14 @@ func (n *Node) Hairpin(name string) error {
 	if err != nil {
 		return fmt.Errorf("look up interface %s: %w", name, err)
 	}
-	if l.Attrs().Slave == nil || l.Attrs().Slave.SlaveType() != "bridge" {
+	if l.Attrs().MasterIndex == 0 {
+		return nil
+	}
+	master, err := n.h.LinkByIndex(l.Attrs().MasterIndex)
+	if err != nil {
+		return fmt.Errorf("look up master of %s: %w", name, err)
+	}
+	if _, ok := master.(*netlink.Bridge); !ok {
 		return nil
 	}
 	if err := n.h.LinkSetHairpin(l, true); err != nil {

@@ -259,7 +259,7 @@ func revoke(family nftables.TableFamily, owner string) error {
 func rulesOf(c *nftables.Conn, chain *nftables.Chain, text string) ([]*nftables.Rule, error) {
 	rules, err := rulesIn(c, chain)
 	return slices.DeleteFunc(rules, func(r *nftables.Rule) bool {
-		s, ok := userdata.GetString(r.UserData, userdata.TypeComment)
+		s, ok := commentIn(r.UserData, userdata.TypeComment)
 		return !ok || s != text
 	}), err
 }

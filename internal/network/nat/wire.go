@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -302,10 +303,27 @@ func parseElement(set string, item []byte) element {
 				})
 			})
 		case unix.NFTA_SET_ELEM_USERDATA:
-			e.owner, _ = userdata.GetString(data, userdata.NFTNL_UDATA_SET_ELEM_COMMENT)
+			e.owner, _ = commentIn(data, userdata.NFTNL_UDATA_SET_ELEM_COMMENT)
 		}
 	})
 	return e
+}
+
+// commentIn finds a string in user data, which is a list of type, length and
+// value. Other software puts there what it likes, so nothing is taken for
+// granted.
+func commentIn(b []byte, typ userdata.Type) (string, bool) {
+	for len(b) >= 2 {
+		end := 2 + int(b[1])
+		if end > len(b) {
+			return "", false
+		}
+		if userdata.Type(b[0]) == typ {
+			return strings.TrimSuffix(string(b[2:end]), "\x00"), true
+		}
+		b = b[end:]
+	}
+	return "", false
 }
 
 // countRules tells how many rules each chain of the table has. A missing table

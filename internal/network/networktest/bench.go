@@ -16,6 +16,7 @@ import (
 // namespace of its own, and reports the median and the 95th percentile.
 func Benchmark(b *testing.B, s Subject) {
 	RequireNode(b)
+	RemoveAfter(b, s.Bridge)
 	a := s.Open(b, b.TempDir())
 	defer a.Close()
 	ctx := context.Background()

@@ -122,6 +122,20 @@ func Outside(t testing.TB) *link.NetNS {
 	return ns
 }
 
+// RemoveAfter deletes an interface of the node at the end of the test.
+func RemoveAfter(t testing.TB, name string) {
+	t.Helper()
+	t.Cleanup(func() {
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			return // was never made
+		}
+		if err := netlink.LinkDel(l); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 // NewNetNS makes a network namespace, pinned in a file as the daemon does.
 func NewNetNS(t testing.TB) *link.NetNS {
 	t.Helper()

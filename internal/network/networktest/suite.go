@@ -69,6 +69,7 @@ func (p pod) family(v4 bool) netip.Addr {
 // Run runs the suite.
 func Run(t *testing.T, s Subject) {
 	RequireNode(t)
+	RemoveAfter(t, s.Bridge)
 	for name, test := range map[string]func(*env){
 		"Result":            testResult,
 		"Traffic":           testTraffic,
