@@ -32,7 +32,7 @@ demo: ## a pod from an image to its removal, on a private daemon, with times
 
 test: ## everything that has to pass: unit, integration (as root), conformance
 	@test/setup oci cgo iptables
-	$(MAKE) build unit conformance
+	$(MAKE) build unit demo conformance
 
 unit: build
 	$(GO) vet ./...

@@ -93,8 +93,8 @@ func TestStreamTellsFailure(t *testing.T) {
 	f := fakeRuntime{func(io.Reader, io.WriteCloser, io.WriteCloser, <-chan remotecommand.TerminalSize) error {
 		return errors.New("the container has just died")
 	}}
-	var out bytes.Buffer
-	err := Stream(deadline(t), execURL(t, f, false, false), Streams{Stdout: &out, Stderr: &out})
+	var out, errOut bytes.Buffer
+	err := Stream(deadline(t), execURL(t, f, false, false), Streams{Stdout: &out, Stderr: &errOut})
 	if err == nil || !strings.Contains(err.Error(), "just died") {
 		t.Errorf("got %v", err)
 	}
@@ -142,11 +142,11 @@ func TestStreamEndsWithContext(t *testing.T) {
 func TestStreamURLWorksOnce(t *testing.T) {
 	f := fakeRuntime{func(io.Reader, io.WriteCloser, io.WriteCloser, <-chan remotecommand.TerminalSize) error { return nil }}
 	url := execURL(t, f, false, false)
-	var out bytes.Buffer
-	if err := Stream(deadline(t), url, Streams{Stdout: &out, Stderr: &out}); err != nil {
+	var out, errOut bytes.Buffer
+	if err := Stream(deadline(t), url, Streams{Stdout: &out, Stderr: &errOut}); err != nil {
 		t.Fatal(err)
 	}
-	if err := Stream(deadline(t), url, Streams{Stdout: &out, Stderr: &out}); err == nil {
+	if err := Stream(deadline(t), url, Streams{Stdout: &out, Stderr: &errOut}); err == nil {
 		t.Error("the second use worked")
 	}
 }

@@ -88,10 +88,15 @@ func (s *Service) join(what, name, hash string, make func(context.Context, strin
 	s.work.Go(func() {
 		ctx, cancel := context.WithTimeout(s.ctx, createTime)
 		defer cancel()
+		began := time.Now()
 		at.err = make(ctx, at.id, func(stage string) {
+			now := time.Now()
 			a.mu.Lock()
+			ended := at.stage
 			at.stage = stage
 			a.mu.Unlock()
+			s.log.Debug("stage of a creation ended", "id", at.id, "stage", ended, "took", now.Sub(began))
+			began = now
 		})
 		if at.err != nil {
 			a.release(name, at.id)

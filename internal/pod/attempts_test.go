@@ -3,6 +3,7 @@ package pod
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -11,7 +12,7 @@ import (
 )
 
 func newAttempts(t *testing.T) *Service {
-	s := &Service{}
+	s := &Service{log: slog.New(slog.DiscardHandler)}
 	s.attempts.init()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	t.Cleanup(func() { s.cancel(); s.work.Wait() })

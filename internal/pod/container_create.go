@@ -129,6 +129,7 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 		return fmt.Errorf("pod sandbox %.13s was stopped meanwhile: %w", sb.record().ID, errdefs.ErrFailedPrecondition)
 	}
 	undo.Release()
+	stage("made")
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, id, sb.record().ID)
 	return nil
 }

@@ -116,6 +116,7 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	if err != nil {
 		return err
 	}
+	stage("writing the record")
 	s.index.addSandbox(sb)
 	if err := s.changeSandbox(sb, func(r *sandboxRecord) {
 		r.Phase, r.Pid, r.IPs, r.Network = ready, pid, attached.IPs, attached.Raw
@@ -123,6 +124,7 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 		return err
 	}
 	undo.Release()
+	stage("made")
 	s.watchHolder(sb)
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, id, id)
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, id, id)

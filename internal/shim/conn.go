@@ -16,6 +16,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
+	"google.golang.org/grpc/status"
 
 	hostv1 "cloister.dev/api/host/v1"
 )
@@ -111,8 +112,11 @@ func (d *dialer) call(ctx context.Context, repeatable bool, f func(context.Conte
 			if err == nil {
 				return nil
 			}
-			if !broken(err) {
+			if _, answered := status.FromError(err); answered {
 				return errgrpc.ToNative(err)
+			}
+			if !broken(err) {
+				return err
 			}
 		}
 		if !repeatable || time.Now().After(deadline) {

@@ -15,6 +15,7 @@
 //
 //	NETWORK=builtin          the daemon's own bridge in place of a CNI conflist
 //	RUNTIME_HANDLER=crun     pass -runtime-handler, and configure that handler
+//	RUNTIME_BINARY=FILE      the program of that handler, by default found by its name
 //	CLOISTER_BIN=DIR         use these programs instead of building the checkout
 //	RUNTIME=containerd       test containerd in CLOISTER_BIN, with plugins in CNI_BIN
 //	KEEP=1                   keep the daemon's folder with its log
@@ -140,9 +141,12 @@ func daemon(ctx context.Context, checkout, hosts string) (*testnode.Node, error)
 		Hosts: hosts, LogLevel: os.Getenv("LOG_LEVEL"),
 	}
 	if h := os.Getenv("RUNTIME_HANDLER"); h != "" {
-		program, err := exec.LookPath(h)
-		if err != nil {
-			return nil, fmt.Errorf("RUNTIME_HANDLER=%s: %w; install it (apt-get install %s)", h, err, h)
+		program := os.Getenv("RUNTIME_BINARY")
+		if program == "" {
+			var err error
+			if program, err = exec.LookPath(h); err != nil {
+				return nil, fmt.Errorf("RUNTIME_HANDLER=%s: %w; install it (apt-get install %s)", h, err, h)
+			}
 		}
 		opts.Handlers = map[string]string{h: program}
 	}

@@ -141,6 +141,9 @@ func (d *demo) build() error {
 
 func (d *demo) serveImage() error {
 	program := filepath.Join(d.top, ".cache", "testregistry")
+	if err := os.MkdirAll(filepath.Dir(program), 0o755); err != nil {
+		return err
+	}
 	build := exec.CommandContext(d.ctx, "go", "build", "-o", program, ".")
 	build.Dir = filepath.Join(d.top, "test", "registry")
 	build.Stdout, build.Stderr = indent(os.Stdout), indent(os.Stderr)

@@ -38,13 +38,14 @@ type Backend struct {
 	mu       sync.Mutex
 	runtimes map[string]*ociRuntime // by path
 	holder   sync.Mutex             // serializes writing the holder programs
+	warmth   *warmth
 }
 
 var _ host.Backend = (*Backend)(nil)
 
 // New gives a backend whose files are under dir.
 func New(dir string, reaper *proc.Reaper, log *slog.Logger) *Backend {
-	return &Backend{dir: dir, reaper: reaper, log: log, runtimes: map[string]*ociRuntime{}}
+	return &Backend{dir: dir, reaper: reaper, log: log, runtimes: map[string]*ociRuntime{}, warmth: newWarmth(log)}
 }
 
 // Name is part of host.Backend.
@@ -151,6 +152,7 @@ func (b *Backend) Exec(ctx context.Context, t *host.TaskSpec, id string, process
 
 // process runs the runtime and adopts the process that it leaves behind.
 func (b *Backend) process(ctx context.Context, t *host.TaskSpec, i invocation, pidFile string, last []string, exited func(proc.Exit)) (st host.Started, err error) {
+	defer b.warmth.hold()()
 	i.args = append(i.args, "--pid-file", pidFile)
 	defer os.Remove(pidFile)
 	var console *consoleSocket
