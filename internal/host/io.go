@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -73,7 +74,9 @@ func (t *taskIO) open(held map[string]*os.File) (err error) {
 		}
 	}()
 	if t.LogPath != "" {
-		if t.log, err = stdio.OpenLog(t.LogPath, filepath.Join(t.dir, "mark"), int(t.MaxLine)); err != nil {
+		if t.log, err = stdio.OpenLog(t.LogPath, filepath.Join(t.dir, "mark"), int(t.MaxLine)); errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+		} else if err != nil {
 			return err
 		}
 	}

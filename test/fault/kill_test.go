@@ -25,7 +25,7 @@ func TestKill(t *testing.T) {
 	kills, count := number(t, "KILLS", 20), number(t, "PODS", 20)
 	pods := make([]pod, count)
 	each(t, count, 4, func(i int) (err error) {
-		pods[i], err = runPod(t.Context(), n, fmt.Sprintf("writer-%d", i), "-lines", "-rate", "200", "-exit", strconv.Itoa(i+1))
+		pods[i], err = runPod(t.Context(), n, fmt.Sprintf("writer-%d", i), "-lines", "-n", "0", "-rate", "200", "-exit", strconv.Itoa(i+1))
 		return err
 	})
 	if t.Failed() {

@@ -227,8 +227,8 @@ func (b *Backend) signalAll(ctx context.Context, p host.Process, sig unix.Signal
 		if killCgroup(p.Place) {
 			return nil
 		}
-		thaw := freeze(p.Place)
-		defer thaw()
+		freeze(p.Place)
+		defer thaw(p.Place)
 	}
 	pids, err := pidsOf(p.Place)
 	if err != nil {
@@ -257,18 +257,18 @@ func killCgroup(place string) bool {
 	return dir != "" && os.WriteFile(filepath.Join(dir, "cgroup.kill"), []byte("1"), 0) == nil
 }
 
-// freeze stops a v1 container from forking; the returned function lets it go
-// on (to its end: signals are delivered then).
-func freeze(place string) (thaw func()) {
-	dir := cgroupDir(place, "freezer")
-	if dir == "" {
-		return func() {}
+// freeze stops a v1 container from forking, until thaw.
+func freeze(place string) {
+	if dir := cgroupDir(place, "freezer"); dir != "" {
+		_ = os.WriteFile(filepath.Join(dir, "freezer.state"), []byte("FROZEN"), 0)
 	}
-	state := filepath.Join(dir, "freezer.state")
-	if os.WriteFile(state, []byte("FROZEN"), 0) != nil {
-		return func() {}
+}
+
+// thaw lets a frozen v1 container go on; signals are delivered then.
+func thaw(place string) {
+	if dir := cgroupDir(place, "freezer"); dir != "" {
+		_ = os.WriteFile(filepath.Join(dir, "freezer.state"), []byte("THAWED"), 0)
 	}
-	return func() { _ = os.WriteFile(state, []byte("THAWED"), 0) }
 }
 
 // Settle is part of host.Backend. A container with its own PID namespace has

@@ -267,5 +267,8 @@ func (b *Backend) Signal(ctx context.Context, t *host.TaskSpec, p host.Process, 
 	if errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("process %d of task %s: %w", p.Pid, t.ID, errdefs.ErrNotFound)
 	}
+	if err == nil && signal == int(unix.SIGKILL) {
+		thaw(p.Place) // cgroup v1 keeps even a killed process frozen
+	}
 	return err
 }

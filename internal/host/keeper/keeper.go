@@ -101,8 +101,8 @@ func (k *keeper) open() error {
 }
 
 const (
-	healthyLife = 2 * time.Second // a server that lived so long gets a successor at once
-	maxBackoff  = 5 * time.Second
+	healthyLife = 300 * time.Millisecond // a server that lived so long gets a successor at once
+	maxBackoff  = time.Second
 )
 
 func (k *keeper) loop(ctx context.Context) error {
