@@ -39,8 +39,9 @@ func TestBurstsLeaveNothing(t *testing.T) {
 }
 
 // allowed is what may differ without being a leak: caches and idle
-// connections come and go.
-var allowed = map[string]int{"goroutines": 10, "daemon fds": 5, "shim fds": 5, "threads": 20}
+// connections come and go, and Go keeps the threads that were blocked in the
+// kernel at once, as many as a burst has pods.
+var allowed = map[string]int{"goroutines": 10, "daemon fds": 5, "shim fds": 5, "threads": 50}
 
 func burst(t *testing.T, n *testnode.Node, name string, count int) {
 	each(t, count, count, func(i int) error {

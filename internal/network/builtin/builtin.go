@@ -224,7 +224,7 @@ func (a *Attacher) connect(ns *link.NetNS, l lease) (link.Bridge, link.Veth, err
 		Host:    link.HostName(l.ID, ifName),
 		Pod:     ifName,
 		MTU:     a.o.MTU,
-		Bridge:  br.Index,
+		Bridge:  br,
 		Hairpin: true,
 	}
 	for i, s := range a.o.Subnets {

@@ -32,6 +32,8 @@ type Bridge struct {
 	MTU   int
 	MAC   net.HardwareAddr
 	Made  bool // by this call
+	// Up tells whether packets pass; without a port they do not.
+	Up bool
 }
 
 // EnsureBridge makes the bridge as configured, or brings an existing one up to
@@ -57,7 +59,7 @@ func (n *Node) EnsureBridge(c BridgeConfig) (Bridge, error) {
 			return Bridge{}, err
 		}
 	}
-	return Bridge{Name: c.Name, Index: br.Index, MTU: br.MTU, MAC: br.HardwareAddr, Made: made}, nil
+	return Bridge{Name: c.Name, Index: br.Index, MTU: br.MTU, MAC: br.HardwareAddr, Made: made, Up: br.OperState == netlink.OperUp}, nil
 }
 
 func (n *Node) findBridge(c BridgeConfig) (br *netlink.Bridge, made bool, err error) {
@@ -131,6 +133,7 @@ func (n *Node) ensureAddr(br *netlink.Bridge, want netip.Prefix, force bool) err
 	if err != nil {
 		return fmt.Errorf("list addresses of bridge %s: %w", br.Name, err)
 	}
+	replaced := false
 	for i := range have {
 		p, ok := prefixOf(have[i].IPNet)
 		if !ok || p == want {
@@ -147,6 +150,12 @@ func (n *Node) ensureAddr(br *netlink.Bridge, want netip.Prefix, force bool) err
 		}
 		if err := n.h.AddrDel(br, &have[i]); err != nil {
 			return fmt.Errorf("remove address %s from bridge %s: %w", p, br.Name, err)
+		}
+		replaced = true
+	}
+	if replaced { // the kernel takes the others of the subnet along with the first
+		if err := n.h.AddrAdd(br, addr); err != nil && !errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("add address %s to bridge %s: %w", want, br.Name, err)
 		}
 	}
 	// A bridge that somebody else made may have no address of its own yet.

@@ -21,9 +21,8 @@ type VethConfig struct {
 	Pod    string // name in the namespace
 	MTU    int    // 0: the kernel's default
 	PodMAC net.HardwareAddr
-	// Bridge is the interface index of the bridge that the node's end joins;
-	// 0: none.
-	Bridge   int
+	// Bridge is what the node's end joins; the zero value is none.
+	Bridge   Bridge
 	Hairpin  bool
 	Isolated bool
 	// PodDown leaves the pod's end down: no address will follow.
@@ -88,7 +87,7 @@ func (n *Node) AddVeth(ns *NetNS, c VethConfig) (v Veth, err error) {
 	}
 	a := host.Attrs()
 	v = Veth{HostIndex: a.Index, PodIndex: a.ParentIndex, HostMAC: a.HardwareAddr, PodMAC: c.PodMAC, MTU: a.MTU}
-	if c.Bridge == 0 {
+	if c.Bridge.Index == 0 {
 		// The node talks over this end itself: its link-local address must be
 		// good at once, so detection is off before the interface is up.
 		if err := ensureSysctl("/proc/sys/net/ipv6/conf/"+c.Host+"/accept_dad", "0"); err != nil && !os.IsNotExist(err) {
@@ -113,6 +112,9 @@ func (n *Node) AddVeth(ns *NetNS, c VethConfig) (v Veth, err error) {
 	}
 	if !c.PodDown {
 		awaitUp(n.h, v.HostIndex)
+		if c.Bridge.Index > 0 && !c.Bridge.Up {
+			awaitUp(n.h, c.Bridge.Index) // this is its first port
+		}
 	}
 	return v, nil
 }
@@ -158,7 +160,7 @@ func (n *Node) newVeth(ns *NetNS, c VethConfig) error {
 func (n *Node) sendNewVeth(ns *NetNS, c VethConfig) error {
 	req := nl.NewNetlinkRequest(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK)
 	msg := nl.NewIfInfomsg(unix.AF_UNSPEC)
-	if c.Bridge > 0 {
+	if c.Bridge.Index > 0 {
 		msg.Change, msg.Flags = unix.IFF_UP, unix.IFF_UP
 	}
 	req.AddData(msg)
@@ -166,8 +168,8 @@ func (n *Node) sendNewVeth(ns *NetNS, c VethConfig) error {
 	if c.MTU > 0 {
 		req.AddData(nl.NewRtAttr(unix.IFLA_MTU, nl.Uint32Attr(uint32(c.MTU))))
 	}
-	if c.Bridge > 0 {
-		req.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(c.Bridge))))
+	if c.Bridge.Index > 0 {
+		req.AddData(nl.NewRtAttr(unix.IFLA_MASTER, nl.Uint32Attr(uint32(c.Bridge.Index))))
 	}
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
 	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated("veth"))

@@ -117,7 +117,7 @@ func (p bridge) connect(_ context.Context, c Call, ns *link.NetNS, conf *bridgeC
 	}
 	veth := link.VethConfig{
 		Host: link.HostName(c.ContainerID, c.IfName), Pod: c.IfName, MTU: conf.MTU, PodMAC: mac,
-		Bridge: br.Index, Hairpin: conf.HairpinMode, Isolated: conf.PortIsolation, DAD: conf.EnableDAD,
+		Bridge: br, Hairpin: conf.HairpinMode, Isolated: conf.PortIsolation, DAD: conf.EnableDAD,
 		PodDown: conf.DisableContainerInterface,
 	}
 	if err := p.addresses(&veth, res, conf.IsGateway); err != nil {
