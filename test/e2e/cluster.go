@@ -309,7 +309,8 @@ func (c *cluster) close() error {
 		fmt.Fprintln(os.Stderr, "kept", c.dir)
 		return errors.Join(errs...)
 	}
-	return errors.Join(append(errs, c.unmountVolumes(), os.RemoveAll(c.dir))...)
+	errs = append(errs, c.unmountVolumes(), c.removeLogLinks(), os.RemoveAll(c.dir))
+	return errors.Join(errs...)
 }
 
 // unmountVolumes detaches what kubelet mounted for pods that were not deleted.
@@ -321,7 +322,26 @@ func (c *cluster) unmountVolumes() error {
 	var errs []error
 	for line := range strings.Lines(string(b)) {
 		if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], c.dir+"/") {
-			errs = append(errs, unix.Unmount(f[4], unix.MNT_DETACH))
+			// One below another that was detached is gone with it.
+			if err := unix.Unmount(f[4], unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+				errs = append(errs, fmt.Errorf("unmount %s: %w", f[4], err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// removeLogLinks deletes kubelet's links to the log files of this cluster: their
+// folder is the one path of kubelet that cannot be moved.
+func (c *cluster) removeLogLinks() error {
+	links, err := filepath.Glob("/var/log/containers/*.log")
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, l := range links {
+		if target, err := os.Readlink(l); err == nil && strings.HasPrefix(target, c.dir+"/") {
+			errs = append(errs, os.Remove(l))
 		}
 	}
 	return errors.Join(errs...)

@@ -4,6 +4,8 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -15,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -110,7 +113,28 @@ func (n *Node) sweep() error {
 	if link, err := netlink.LinkByName(n.bridge); err == nil {
 		errs = append(errs, netlink.LinkDel(link))
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, n.dropTables())...)
+}
+
+// dropTables deletes the nftables tables of this node, which a daemon leaves
+// when it ends because its pods may go on.
+func (n *Node) dropTables() error {
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	tables, err := c.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		return fmt.Errorf("clean up: list nftables: %w", err)
+	}
+	sum := sha256.Sum256([]byte(filepath.Join(n.Root(), "network")))
+	own := []string{n.bridge, "cloister-cni-" + hex.EncodeToString(sum[:4])}
+	for _, t := range tables {
+		if slices.Contains(own, t.Name) {
+			c.DelTable(t)
+		}
+	}
+	return c.Flush()
 }
 
 // unmountBelow detaches every mount in dir, the last made first.

@@ -213,6 +213,15 @@ func (n *Node) signal(ctx context.Context, sig syscall.Signal) error {
 	}
 }
 
+func (n *Node) running() bool {
+	select {
+	case <-n.ended:
+		return false
+	default:
+		return true
+	}
+}
+
 // Close removes all pods, ends everything and deletes the folder. With
 // KEEP=1 in the environment the folder with the log stays.
 func (n *Node) Close() error {
@@ -220,6 +229,11 @@ func (n *Node) Close() error {
 	defer cancel()
 	var errs []error
 	if n.daemon != nil && n.daemon.Process != nil {
+		if !n.running() { // pods are removed by a daemon, a test may have ended it
+			if err := n.Run(ctx); err != nil {
+				errs = append(errs, err)
+			}
+		}
 		if err := n.removePods(ctx); err != nil {
 			errs = append(errs, err)
 		}

@@ -216,7 +216,11 @@ func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
 	}
 	state := filepath.Join(b.root(r, t.Runtime.Root), t.ID)
 	if _, serr := os.Stat(state); serr == nil {
-		err = b.command(ctx, t, invocation{verb: "delete", args: []string{"--force", t.ID}})
+		// With --force runc sleeps for 100 ms before it looks whether anything
+		// is left to kill; an ended container needs none of that.
+		if err = b.command(ctx, t, invocation{verb: "delete", args: []string{t.ID}}); err != nil {
+			err = b.command(ctx, t, invocation{verb: "delete", args: []string{"--force", t.ID}})
+		}
 		if _, serr := os.Stat(state); err != nil && errors.Is(serr, os.ErrNotExist) {
 			err = nil
 		}

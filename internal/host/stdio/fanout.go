@@ -190,8 +190,8 @@ func (s *sink) die() {
 	// Closing waits for flush and watch to let go of the file, and they wait
 	// for mu.
 	go func() {
-		s.file.Close()
 		s.fan.remove(s)
+		s.file.Close()
 	}()
 }
 

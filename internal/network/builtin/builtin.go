@@ -24,6 +24,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/pkg/types"
@@ -34,6 +35,9 @@ import (
 	"cloister.dev/internal/network/nat"
 	"cloister.dev/internal/osutil"
 )
+
+// closeTime bounds the wait for interfaces that are being deleted.
+const closeTime = 10 * time.Second
 
 // ifName is the name of the pod's interface.
 const ifName = "eth0"
@@ -394,7 +398,14 @@ func (a *Attacher) Allocations(ctx context.Context) ([]string, error) {
 // node; Detach only cuts them off.
 func (a *Attacher) Settle(ctx context.Context) error { return a.node.Settle(ctx) }
 
-// Close implements network.Attacher.
+// Close implements network.Attacher. When no sandbox is attached, the bridge
+// goes, too; the next one makes it again.
 func (a *Attacher) Close() error {
-	return errors.Join(a.node.Close(), a.rules.Close(), a.leases.close())
+	var errs []error
+	if len(a.leases.all()) == 0 {
+		ctx, cancel := context.WithTimeout(context.Background(), closeTime)
+		defer cancel()
+		errs = append(errs, a.node.Settle(ctx), a.node.RemoveBridge(a.o.Bridge), a.pass.revoke(ctx))
+	}
+	return errors.Join(append(errs, a.node.Close(), a.rules.Close(), a.leases.close())...)
 }

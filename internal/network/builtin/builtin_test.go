@@ -121,6 +121,21 @@ func TestPortTaken(t *testing.T) {
 	}
 }
 
+// TestCloseLeavesNothing is about instances that come and go, as those of tests
+// and of single commands do.
+func TestCloseLeavesNothing(t *testing.T) {
+	networktest.RequireNode(t)
+	before := networktest.TakeTrace(t)
+	a := start(t, Options{Bridge: "cltest8", StateDir: t.TempDir(), HostPorts: true, Subnets: subnets})
+	r, _ := attach(t, a, "one", network.PortMapping{Protocol: "tcp", HostPort: 8005, ContainerPort: 80})
+	if err := errors.Join(a.Detach(context.Background(), r), a.Close()); err != nil {
+		t.Fatal(err)
+	}
+	if after := networktest.TakeTrace(t); after != before {
+		t.Errorf("after: %+v, before: %+v", after, before)
+	}
+}
+
 func TestOverlap(t *testing.T) {
 	networktest.RequireNode(t)
 	networktest.Outside(t) // the node is in 192.0.2.0/24

@@ -2,8 +2,10 @@ package builtin
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -18,8 +20,9 @@ const passAge = 10 * time.Second
 type passage struct {
 	forward *nat.Forward
 
-	mu   sync.Mutex
-	when time.Time
+	mu      sync.Mutex
+	when    time.Time
+	granted []string // who to revoke
 }
 
 func (p *passage) ensure(a *Attacher) error {
@@ -35,6 +38,9 @@ func (p *passage) ensure(a *Attacher) error {
 		}
 		who, subnet := fmt.Sprintf("%s %s", owner, s), []netip.Prefix{s}
 		ok, err := p.forward.Allowed(ctx, who, subnet)
+		if !slices.Contains(p.granted, who) {
+			p.granted = append(p.granted, who)
+		}
 		if err == nil && !ok {
 			a.log.Info("the node drops what it forwards, letting pods pass", "subnet", s)
 			err = p.forward.Allow(ctx, who, subnet, nat.AdminChain)
@@ -45,4 +51,16 @@ func (p *passage) ensure(a *Attacher) error {
 	}
 	p.when = time.Now()
 	return nil
+}
+
+// revoke takes the passage back.
+func (p *passage) revoke(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	for _, who := range p.granted {
+		errs = append(errs, p.forward.Revoke(ctx, who))
+	}
+	p.granted, p.when = nil, time.Time{}
+	return errors.Join(errs...)
 }

@@ -108,6 +108,31 @@ func (n *Node) makeBridge(c BridgeConfig) error {
 	return nil
 }
 
+// RemoveBridge deletes a bridge that has no ports; another one stays, and a
+// missing one is fine.
+func (n *Node) RemoveBridge(name string) error {
+	l, err := n.h.LinkByName(name)
+	if isNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("look up bridge %s: %w", name, err)
+	}
+	all, err := n.h.LinkList()
+	if err != nil {
+		return fmt.Errorf("list interfaces: %w", err)
+	}
+	for _, other := range all {
+		if other.Attrs().MasterIndex == l.Attrs().Index {
+			return nil
+		}
+	}
+	if _, ok := l.(*netlink.Bridge); !ok {
+		return nil
+	}
+	return deleteLink(name)
+}
+
 // ensureAddr adds first and asks questions only when the address was new: this
 // is one message in the common case, however many addresses the node has.
 func (n *Node) ensureAddr(br *netlink.Bridge, want netip.Prefix, force bool) error {

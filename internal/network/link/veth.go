@@ -1,12 +1,14 @@
 package link
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -238,7 +240,30 @@ func setUpPod(v *Veth, c VethConfig) error {
 		}
 	}
 	awaitUp(h, v.PodIndex)
+	awaitHeard(c.Addrs)
 	return nil
+}
+
+// awaitHeard waits until the namespace of the thread listens to neighbours that
+// look for its IPv6 addresses, which the kernel arranges in the background, and
+// gives up silently as awaitUp does.
+func awaitHeard(addrs []Addr) {
+	var groups [][]byte
+	for _, a := range addrs {
+		if a.Prefix.Addr().Is6() {
+			b := a.Prefix.Addr().As16()
+			groups = append(groups, fmt.Appendf(nil, "ff0200000000000000000001ff%x", b[13:]))
+		}
+	}
+	if len(groups) == 0 {
+		return
+	}
+	for end := time.Now().Add(upPatience); time.Now().Before(end); time.Sleep(upPoll) {
+		have, err := os.ReadFile("/proc/thread-self/net/igmp6")
+		if err != nil || !slices.ContainsFunc(groups, func(g []byte) bool { return !bytes.Contains(have, g) }) {
+			return
+		}
+	}
 }
 
 // podSysctls must run before the interface is up: then the link-local address

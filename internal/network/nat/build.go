@@ -1,6 +1,8 @@
 package nat
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
 
 	"github.com/google/nftables"
@@ -75,6 +77,19 @@ func (t *table) build(elems []element) error {
 		}
 	}
 	return c.Flush()
+}
+
+// drop removes the table.
+func (t *table) drop() error {
+	c, err := nftables.New()
+	if err != nil {
+		return err
+	}
+	c.DelTable(&nftables.Table{Name: t.name, Family: nftables.TableFamilyINet})
+	if err := c.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("remove nftables table %s: %w", t.name, err)
+	}
+	return nil
 }
 
 type builder struct {

@@ -61,6 +61,7 @@ type Rules interface {
 	Owners(ctx context.Context) ([]string, error)
 	// Count is the number of elements, or rules, that owners have.
 	Count(ctx context.Context) (int, error)
+	// Close leaves what owners have in force, and nothing if they have nothing.
 	Close() error
 }
 

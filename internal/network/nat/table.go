@@ -63,9 +63,19 @@ func openTable(name string, w *wire, log *slog.Logger) (*table, error) {
 	return t, nil
 }
 
+// Close takes the table along when nobody has anything in it.
 func (t *table) Close() error {
-	t.w.close()
-	return nil
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	defer t.w.close()
+	if len(t.elems) > 0 {
+		return nil
+	}
+	have, err := t.w.countRules(t.name)
+	if err != nil || len(have) == 0 {
+		return err
+	}
+	return t.drop()
 }
 
 // load takes over what a former process left in the kernel.
