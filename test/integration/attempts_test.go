@@ -161,7 +161,7 @@ func TestRepeatedCreateContainerJoinsTheFirst(t *testing.T) {
 	_, err := p.tryCreate(ctx, cfg)
 	wantError(t, err, codes.DeadlineExceeded)
 	other := proto.Clone(cfg).(*cri.ContainerConfig)
-	other.Envs = []*cri.KeyValue{{Key: "A", Value: "b"}}
+	other.Envs = []*cri.KeyValue{{Key: "A", Value: []byte("b")}}
 	_, err = p.tryCreate(t.Context(), other)
 	wantError(t, err, codes.AlreadyExists, cfg.Metadata.Name)
 	c, err := p.tryCreate(t.Context(), cfg)

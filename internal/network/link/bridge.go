@@ -33,7 +33,8 @@ type Bridge struct {
 	MAC   net.HardwareAddr
 	Made  bool // by this call
 	// Up tells whether packets pass; without a port they do not.
-	Up bool
+	Up    bool
+	Addrs []netip.Addr // as configured
 }
 
 // EnsureBridge makes the bridge as configured, or brings an existing one up to
@@ -59,7 +60,11 @@ func (n *Node) EnsureBridge(c BridgeConfig) (Bridge, error) {
 			return Bridge{}, err
 		}
 	}
-	return Bridge{Name: c.Name, Index: br.Index, MTU: br.MTU, MAC: br.HardwareAddr, Made: made, Up: br.OperState == netlink.OperUp}, nil
+	var own []netip.Addr
+	for _, a := range c.Addrs {
+		own = append(own, a.Addr())
+	}
+	return Bridge{Name: c.Name, Addrs: own, Index: br.Index, MTU: br.MTU, MAC: br.HardwareAddr, Made: made, Up: br.OperState == netlink.OperUp}, nil
 }
 
 func (n *Node) findBridge(c BridgeConfig) (br *netlink.Bridge, made bool, err error) {

@@ -136,6 +136,7 @@ func (n *Node) RouteToPod(host string, index int, own, pod []netip.Addr) error {
 			return fmt.Errorf("add route to %s over %s: %w", a, host, err)
 		}
 	}
+	awaitHeard(host, own...)
 	return nil
 }
 

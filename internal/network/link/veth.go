@@ -1,14 +1,13 @@
 package link
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
-	"slices"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -116,6 +115,7 @@ func (n *Node) AddVeth(ns *NetNS, c VethConfig) (v Veth, err error) {
 		awaitUp(n.h, v.HostIndex)
 		if c.Bridge.Index > 0 && !c.Bridge.Up {
 			awaitUp(n.h, c.Bridge.Index) // this is its first port
+			awaitHeard(c.Bridge.Name, c.Bridge.Addrs...)
 		}
 	}
 	return v, nil
@@ -240,27 +240,36 @@ func setUpPod(v *Veth, c VethConfig) error {
 		}
 	}
 	awaitUp(h, v.PodIndex)
-	awaitHeard(c.Addrs)
+	own := make([]netip.Addr, 0, len(c.Addrs))
+	for _, a := range c.Addrs {
+		own = append(own, a.Prefix.Addr())
+	}
+	awaitHeard(c.Pod, own...)
 	return nil
 }
 
-// awaitHeard waits until the namespace of the thread listens to neighbours that
-// look for its IPv6 addresses, which the kernel arranges in the background, and
-// gives up silently as awaitUp does.
-func awaitHeard(addrs []Addr) {
-	var groups [][]byte
+// awaitHeard waits until an interface in the namespace of the thread listens to
+// neighbours that look for its IPv6 addresses, which the kernel arranges in the
+// background, and gives up silently as awaitUp does.
+func awaitHeard(iface string, addrs ...netip.Addr) {
+	groups := map[string]bool{}
 	for _, a := range addrs {
-		if a.Prefix.Addr().Is6() {
-			b := a.Prefix.Addr().As16()
-			groups = append(groups, fmt.Appendf(nil, "ff0200000000000000000001ff%x", b[13:]))
+		if a.Is6() {
+			b := a.As16()
+			groups[fmt.Sprintf("ff0200000000000000000001ff%x", b[13:])] = true
 		}
 	}
-	if len(groups) == 0 {
-		return
-	}
-	for end := time.Now().Add(upPatience); time.Now().Before(end); time.Sleep(upPoll) {
+	for end := time.Now().Add(upPatience); len(groups) > 0 && time.Now().Before(end); time.Sleep(upPoll) {
 		have, err := os.ReadFile("/proc/thread-self/net/igmp6")
-		if err != nil || !slices.ContainsFunc(groups, func(g []byte) bool { return !bytes.Contains(have, g) }) {
+		if err != nil {
+			return
+		}
+		for line := range strings.Lines(string(have)) {
+			if f := strings.Fields(line); len(f) > 2 && f[1] == iface {
+				delete(groups, f[2])
+			}
+		}
+		if len(groups) == 0 {
 			return
 		}
 	}
