@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -41,8 +43,7 @@ const stopTime = 10 * time.Second
 // runDaemon opens the services from the bottom up, serves until ctx ends, and
 // closes them from the top down. Pods are not touched by its end.
 func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (err error) {
-	// The streaming library reports every client that leaves as an error.
-	klog.SetSlogLogger(log.With("source", "streaming").WithGroup("klog"))
+	klog.SetSlogLogger(slog.New(demoted{log.Handler()}).With("source", "streaming"))
 	var open osutil.Undo // every service, newest closed first
 	defer func() {
 		end := errors.New("closing")
@@ -68,37 +69,17 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 		return err
 	}
 	closing("close the network", net.Close)
-	events := filepath.Join(cfg.State, "events.sock")
-	eventServer, err := shim.ServeEvents(events)
+	shims, err := openShims(cfg, log, closing)
 	if err != nil {
 		return err
 	}
-	closing("close the events socket", eventServer.Close)
-	so, err := shimOptions(cfg, log)
-	if err != nil {
-		return err
-	}
-	so.EventsAddress, so.Events = events, eventServer
-	shims, err := shim.New(so)
-	if err != nil {
-		return err
-	}
-	closing("close shim connections", func() error { shims.Close(); return nil })
-	pods, err := pod.Open(ctx, podOptions(cfg, log, images, net, shims))
+	pods, err := pod.Open(podOptions(cfg, log, images, net, shims))
 	if err != nil {
 		return err
 	}
 	closing("close the pod service", pods.Close)
-	streams, err := stream.New(streamOptions(cfg, log), cri.StreamRuntime(pods))
+	streams, err := openStreams(cfg, log, pods, closing)
 	if err != nil {
-		return err
-	}
-	closing("close the streaming server", func() error {
-		ctx, cancel := context.WithTimeout(context.Background(), stopTime)
-		defer cancel()
-		return streams.Close(ctx)
-	})
-	if err := streams.Start(); err != nil {
 		return err
 	}
 	server := cri.New(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
@@ -107,9 +88,61 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 	return serve(ctx, cfg, log, server, pods, images)
 }
 
+// demoted passes the streaming library's log on at debug level: it calls every
+// client that leaves an error.
+type demoted struct{ slog.Handler }
+
+func (d demoted) Enabled(ctx context.Context, _ slog.Level) bool {
+	return d.Handler.Enabled(ctx, slog.LevelDebug)
+}
+
+func (d demoted) Handle(ctx context.Context, r slog.Record) error {
+	if !d.Enabled(ctx, r.Level) {
+		return nil // klog does not ask before it reports an error
+	}
+	r.Level = slog.LevelDebug
+	return d.Handler.Handle(ctx, r)
+}
+
+func (d demoted) WithAttrs(as []slog.Attr) slog.Handler { return demoted{d.Handler.WithAttrs(as)} }
+func (d demoted) WithGroup(name string) slog.Handler    { return demoted{d.Handler.WithGroup(name)} }
+
+func openShims(cfg config.Config, log *slog.Logger, closing func(string, func() error)) (*shim.Client, error) {
+	events := filepath.Join(cfg.State, "events.sock")
+	server, err := shim.ServeEvents(events)
+	if err != nil {
+		return nil, err
+	}
+	closing("close the events socket", server.Close)
+	o, err := shimOptions(cfg, log)
+	if err != nil {
+		return nil, err
+	}
+	o.EventsAddress, o.Events = events, server
+	shims, err := shim.New(o)
+	if err != nil {
+		return nil, err
+	}
+	closing("close shim connections", func() error { shims.Close(); return nil })
+	return shims, nil
+}
+
+func openStreams(cfg config.Config, log *slog.Logger, pods *pod.Service, closing func(string, func() error)) (*stream.Server, error) {
+	streams, err := stream.New(streamOptions(cfg, log), cri.StreamRuntime(pods))
+	if err != nil {
+		return nil, err
+	}
+	closing("close the streaming server", func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), stopTime)
+		defer cancel()
+		return streams.Close(ctx)
+	})
+	return streams, streams.Start()
+}
+
 // serve answers on the CRI socket until ctx ends.
 func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri.Server, pods *pod.Service, images *image.Store) error {
-	lis, err := listen(cfg.Address)
+	lis, err := listen(ctx, cfg.Address)
 	if err != nil {
 		return err
 	}
@@ -149,12 +182,13 @@ func loadAppArmor(cfg config.Config, log *slog.Logger) {
 }
 
 // listen makes the socket, which only root may use, in place of a stale one.
-func listen(address string) (net.Listener, error) {
+func listen(ctx context.Context, address string) (net.Listener, error) {
 	path := strings.TrimPrefix(address, "unix://")
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("make the socket's folder: %w", err)
 	}
-	if c, err := net.Dial("unix", path); err == nil {
+	dialer := net.Dialer{Timeout: stopTime} // a daemon that hangs is one, too
+	if c, err := dialer.DialContext(ctx, "unix", path); err == nil {
 		c.Close()
 		return nil, fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)
 	}
@@ -212,7 +246,10 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 		return o, err
 	}
 	if len(cfg.Runtime.Containerd.Runtimes) == 0 {
-		o.Runtimes = shim.Found()
+		for name, r := range shim.Found() {
+			r.SystemdCgroup = cfg.Cloister.CgroupDriver == "systemd"
+			o.Runtimes[name] = r
+		}
 	}
 	for name, h := range cfg.Runtime.Containerd.Runtimes {
 		r := shim.Runtime{Type: h.RuntimeType, Path: h.RuntimePath, Options: h.Options, Snapshotter: snapshotter(cfg, name, h),
@@ -269,11 +306,21 @@ func podOptions(cfg config.Config, log *slog.Logger, images *image.Store, net ne
 	r := cfg.Runtime
 	return pod.Options{
 		Root: cfg.Root, State: cfg.State, Images: images, Network: net, Shims: shims, Node: node(r), Log: log,
-		LogMaxLine: int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
+		CgroupParent: cgroupParent(cfg.State),
+		LogMaxLine:   int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
 		DrainExecSync: r.DrainExecSyncIOTimeout.Duration, StatsPeriod: r.StatsCollectPeriod.Duration,
 		VerboseInfo: map[string]any{"stateDir": cfg.State, "rootDir": cfg.Root, "address": cfg.Address,
 			"network": cfg.Cloister.Network, "snapshotter": cfg.Images.Snapshotter, "files": cfg.Files},
 	}
+}
+
+// cgroupParent keeps the cgroups of daemons apart that run side by side.
+func cgroupParent(state string) string {
+	if state == config.Default().State {
+		return oci.DefaultCgroup
+	}
+	h := sha256.Sum256([]byte(state))
+	return oci.DefaultCgroup + "-" + hex.EncodeToString(h[:4])
 }
 
 // node finds out what the machine is.

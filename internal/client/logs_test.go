@@ -3,6 +3,7 @@ package client
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -162,7 +163,7 @@ func TestFollowEndsWithContext(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
 	var out bytes.Buffer
-	if err := Logs(ctx, path, LogOptions{Follow: true, Tail: -1}, &out, &out); err != context.Canceled {
+	if err := Logs(ctx, path, LogOptions{Follow: true, Tail: -1}, &out, &out); !errors.Is(err, context.Canceled) {
 		t.Errorf("got %v", err)
 	}
 }

@@ -150,8 +150,8 @@ func (d *Daemon) await(ctx context.Context, address string) (*Conn, error) {
 		select {
 		case <-tick.C:
 		case err := <-d.exited:
-			d.exited <- err
-			return nil, fmt.Errorf("the private daemon ended at once (%v); its messages are in %s", err, d.Log)
+			d.exited <- nil // for Stop
+			return nil, errors.Join(fmt.Errorf("the private daemon ended at once; its messages are in %s", d.Log), err)
 		case <-ctx.Done():
 			return nil, fmt.Errorf("the private daemon does not answer at %s: %w; its messages are in %s", address, ctx.Err(), d.Log)
 		}
@@ -169,13 +169,15 @@ func (d *Daemon) Stop() error {
 	timer := time.NewTimer(privateStopTime)
 	defer timer.Stop()
 	select {
-	case <-d.exited:
+	case err := <-d.exited:
+		if err != nil {
+			return fmt.Errorf("the private daemon did not end well: %w; its messages are in %s", err, d.Log)
+		}
 		return nil
 	case <-timer.C:
 	}
 	if err := d.cmd.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		return fmt.Errorf("kill the private daemon: %w", err)
 	}
-	<-d.exited
-	return nil
+	return errors.Join(fmt.Errorf("the private daemon did not end within %v; its messages are in %s", privateStopTime, d.Log), <-d.exited)
 }

@@ -16,13 +16,13 @@ import (
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 )
 
-// exitStatus is an error that carries an exit code, as the server expects it.
-type exitStatus int
+// exitError is an error that carries an exit code, as the server expects it.
+type exitError int
 
-func (e exitStatus) Error() string   { return fmt.Sprintf("exited with %d", int(e)) }
-func (e exitStatus) String() string  { return e.Error() }
-func (e exitStatus) Exited() bool    { return true }
-func (e exitStatus) ExitStatus() int { return int(e) }
+func (e exitError) Error() string   { return fmt.Sprintf("exited with %d", int(e)) }
+func (e exitError) String() string  { return e.Error() }
+func (e exitError) Exited() bool    { return true }
+func (e exitError) ExitStatus() int { return int(e) }
 
 // fakeRuntime is what the public streaming server runs commands with.
 type fakeRuntime struct {
@@ -78,7 +78,7 @@ func TestStreamTellsExitCode(t *testing.T) {
 	for _, code := range []int{1, 42, 137} {
 		f := fakeRuntime{func(_ io.Reader, out, _ io.WriteCloser, _ <-chan remotecommand.TerminalSize) error {
 			fmt.Fprint(out, "last words")
-			return exitStatus(code)
+			return exitError(code)
 		}}
 		var out, errOut bytes.Buffer
 		err := Stream(deadline(t), execURL(t, f, false, false), Streams{Stdout: &out, Stderr: &errOut})

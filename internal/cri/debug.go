@@ -2,6 +2,7 @@ package cri
 
 import (
 	"context"
+	"errors"
 
 	"google.golang.org/grpc"
 
@@ -61,8 +62,7 @@ func (d *Debug) PullProgress(r *debugv1.PullProgressRequest, out grpc.ServerStre
 		select {
 		case p := <-latest:
 			if err := out.Send(pullProgress(p)); err != nil {
-				<-done // the stream's context is over
-				return err
+				return errors.Join(err, <-done) // the stream's context is over
 			}
 		case err := <-done:
 			select {

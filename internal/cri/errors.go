@@ -24,6 +24,7 @@ func grpcError(ctx context.Context, err error) error {
 	return status.Error(errorCode(ctx, err), errorText(err))
 }
 
+//nolint:errorlint // Resolve gives one of these values itself
 func errorCode(ctx context.Context, err error) codes.Code {
 	switch errdefs.Resolve(err) {
 	case errdefs.ErrInvalidArgument:

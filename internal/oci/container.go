@@ -1,6 +1,7 @@
 package oci
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -195,25 +196,13 @@ func idMappings(list []*runtimeapi.IDMapping) []specs.LinuxIDMapping {
 	return out
 }
 
-// setCgroup names the container's cgroup in the form that the handler's
-// cgroup driver reads.
 func (b *builder) setCgroup() error {
-	parent := b.in.Sandbox.GetLinux().GetCgroupParent()
-	if !b.in.Handler.SystemdCgroup {
-		if parent == "" {
-			parent = "/cloister"
-		}
-		b.spec.Linux.CgroupsPath = path.Join("/", parent, b.in.ID)
-		return nil
-	}
-	slice := "system.slice"
-	if parent != "" {
-		slice = path.Base(parent)
-	}
-	if !strings.HasSuffix(slice, ".slice") {
+	parent := cmp.Or(b.in.CgroupParent, b.in.Sandbox.GetLinux().GetCgroupParent())
+	systemd := b.in.Handler.SystemdCgroup
+	if systemd && parent != "" && !strings.HasSuffix(path.Base(parent), ".slice") {
 		return impossible("cgroup_parent", parent, "the systemd cgroup driver needs a name that ends in .slice; make kubelet's cgroupDriver and SystemdCgroup of the runtime handler agree")
 	}
-	b.spec.Linux.CgroupsPath = slice + ":cloister:" + b.in.ID
+	b.spec.Linux.CgroupsPath = cgroupsPath(parent, b.in.ID, systemd)
 	return nil
 }
 

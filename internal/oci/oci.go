@@ -36,6 +36,8 @@ type Input struct {
 	// SandboxLabel is the SELinux process label of the pod; containers that
 	// name no label of their own share it.
 	SandboxLabel string
+	// CgroupParent stands in for the pod's own, when not empty.
+	CgroupParent string
 	Node         Node
 	Handler      Handler
 }

@@ -13,7 +13,7 @@ import (
 // goes on, and a repeat of the same request finds it running or done. The
 // reservation of a name lasts as long as its sandbox or container.
 type attempts struct {
-	mu     sync.Mutex // outermost lock; never held across I/O
+	mu     sync.Mutex // leaf lock; never held across I/O
 	byName map[string]*attempt
 }
 
@@ -49,9 +49,9 @@ func (a *attempts) release(name, id string) {
 }
 
 // create joins the attempt that is making, or has made, name from an equal
-// request, or starts one with make. The answer is the id of the thing made.
-func (s *Service) create(ctx context.Context, what, name, hash string, make func(ctx context.Context, id string, stage func(string)) error) (string, error) {
-	at, err := s.join(what, name, hash, make)
+// request, or starts one with work. The answer is the id of the thing made.
+func (s *Service) create(ctx context.Context, what, name, hash string, work func(ctx context.Context, id string, stage func(string)) error) (string, error) {
+	at, err := s.join(what, name, hash, work)
 	if err != nil {
 		return "", err
 	}
@@ -69,7 +69,7 @@ func (a *attempts) stageOf(at *attempt) string {
 	return at.stage
 }
 
-func (s *Service) join(what, name, hash string, make func(context.Context, string, func(string)) error) (*attempt, error) {
+func (s *Service) join(what, name, hash string, work func(context.Context, string, func(string)) error) (*attempt, error) {
 	a := &s.attempts
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -83,13 +83,13 @@ func (s *Service) join(what, name, hash string, make func(context.Context, strin
 	if s.ctx.Err() != nil {
 		return nil, errClosing
 	}
-	at := &attempt{hash: hash, id: newID(), stage: "starting", done: makeDone()}
+	at := &attempt{hash: hash, id: newID(), stage: "starting", done: make(chan struct{})}
 	a.byName[name] = at
 	s.work.Go(func() {
 		ctx, cancel := context.WithTimeout(s.ctx, createTime)
 		defer cancel()
 		began := time.Now()
-		at.err = make(ctx, at.id, func(stage string) {
+		at.err = work(ctx, at.id, func(stage string) {
 			now := time.Now()
 			a.mu.Lock()
 			ended := at.stage
@@ -105,5 +105,3 @@ func (s *Service) join(what, name, hash string, make func(context.Context, strin
 	})
 	return at, nil
 }
-
-func makeDone() chan struct{} { return make(chan struct{}) }

@@ -30,8 +30,8 @@ func (s *Service) CreateContainer(ctx context.Context, sandboxID string, cfg *ru
 	if pod.State != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return "", fmt.Errorf("pod sandbox %.13s is not ready (it was stopped), run a new one: %w", pod.ID, errdefs.ErrFailedPrecondition)
 	}
-	if sb.handler == nil {
-		return "", fmt.Errorf("handler %q of pod sandbox %.13s is not configured any more: %w", pod.Handler, pod.ID, errdefs.ErrFailedPrecondition)
+	if err := sb.usable(); err != nil {
+		return "", err
 	}
 	if err := oci.ValidateContainer(cfg, pod.Config, s.o.Node); err != nil {
 		return "", err
@@ -51,7 +51,7 @@ func (s *Service) CreateContainer(ctx context.Context, sandboxID string, cfg *ru
 
 func (s *Service) newContainer(sb *sandbox, id, hash string, cfg *runtimeapi.ContainerConfig, img image.Image) *container {
 	pod := sb.get()
-	c := &container{op: newOpLock(), handler: sb.handler, ended: make(chan struct{}), deleted: make(chan struct{})}
+	c := &container{op: newOpLock(), handler: sb.handler, ended: newMilestone(), deleted: newMilestone()}
 	c.rec = containerRecord{
 		Name: containerName(pod.ID, cfg.Metadata), Hash: hash, Phase: creating,
 		Container: Container{
@@ -65,8 +65,13 @@ func (s *Service) newContainer(sb *sandbox, id, hash string, cfg *runtimeapi.Con
 	return c
 }
 
+// makeContainer does the steps of a creation. It holds the container's
+// operation lock: who finds the container waits until it is whole.
 func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Image, c *container, stage func(string)) (err error) {
-	id := c.record().ID
+	if err := c.op.lock(ctx); err != nil {
+		return err
+	}
+	defer c.op.unlock()
 	var undo osutil.Undo
 	defer undo.Run(ctx, &err)
 
@@ -77,61 +82,91 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 	if err := s.changeContainer(c, func(r *containerRecord) { r.LogPath = logPath }); err != nil {
 		return err
 	}
-	undo.Add("take the half-made container down", func(ctx context.Context) error {
-		if err := s.releaseFiles(ctx, c); err != nil {
-			return err // the record stays for the next start to try again
-		}
-		return s.dropContainer(c)
-	})
+	undo.Add("take the half-made container down", func(ctx context.Context) error { return s.discardContainer(ctx, c) })
 
-	stage("making the root file system")
-	rootfs, err := s.makeRootfs(ctx, sb, c, img)
+	in, err := s.makeFiles(ctx, sb, img, c, stage)
 	if err != nil {
-		return err
-	}
-	stage("preparing volumes")
-	in := s.specInput(sb, c, img, rootfs)
-	if in.Volumes, err = s.makeVolumes(sb, c, img, rootfs); err != nil {
-		return err
-	}
-	if in.ImageVolumes, err = s.makeImageVolumes(ctx, c); err != nil {
-		return err
-	}
-	if in.Config, err = prepareMounts(c.record().Config); err != nil {
 		return err
 	}
 	stage("writing the specification")
-	res, err := oci.Container(in)
+	res, err := s.writeSpec(c, in)
 	if err != nil {
 		return err
 	}
-	for _, w := range res.Warnings {
-		s.log.Warn("container is not all that was asked for", "container", id, "reason", w)
-	}
-	if err := relabel(res); err != nil {
-		return err
-	}
-	spec, err := json.Marshal(res.Spec)
-	if err != nil {
-		return fmt.Errorf("encode the specification: %w", err)
-	}
-	if err := os.WriteFile(filepath.Join(c.record().Bundle, "config.json"), spec, 0o600); err != nil {
-		return fmt.Errorf("write the specification: %w", err)
-	}
-	s.index.addContainer(c)
 	err = s.changeContainer(c, func(r *containerRecord) {
 		r.Phase, r.User, r.StopSignal, r.Signal = ready, res.User, oci.CRISignal(res.StopSignal), res.StopSignal
 	})
 	if err != nil {
 		return err
 	}
+	// Who stops the sandbox either finds the container in the index, or has
+	// changed the sandbox's state before.
+	s.index.addContainer(c)
 	if sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return fmt.Errorf("pod sandbox %.13s was stopped meanwhile: %w", sb.record().ID, errdefs.ErrFailedPrecondition)
 	}
 	undo.Release()
 	stage("made")
-	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, id, sb.record().ID)
+	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, c.record().ID, sb.record().ID)
 	return nil
+}
+
+// discardContainer takes down a container that its client never got. When it
+// fails, the record stays for a removal, or the next start, to try again.
+func (s *Service) discardContainer(ctx context.Context, c *container) error {
+	if c.phase() == ready { // others may have found it already
+		if err := s.changeContainer(c, func(r *containerRecord) { r.Phase = removing }); err != nil {
+			return err
+		}
+		c.ended.pass()
+		c.deleted.pass()
+	}
+	if err := s.releaseFiles(ctx, c); err != nil {
+		return err
+	}
+	return s.dropContainer(c)
+}
+
+// makeFiles prepares all files that the specification refers to.
+func (s *Service) makeFiles(ctx context.Context, sb *sandbox, img image.Image, c *container, stage func(string)) (in oci.Input, err error) {
+	stage("making the root file system")
+	rootfs, err := s.makeRootfs(ctx, sb, c, img)
+	if err != nil {
+		return in, err
+	}
+	stage("preparing volumes")
+	if in, err = s.specInput(sb, c, img, rootfs); err != nil {
+		return in, err
+	}
+	if in.Volumes, err = s.makeVolumes(sb, c, img, rootfs); err != nil {
+		return in, err
+	}
+	if in.ImageVolumes, err = s.makeImageVolumes(ctx, c); err != nil {
+		return in, err
+	}
+	in.Config, err = prepareMounts(c.record().Config)
+	return in, err
+}
+
+func (s *Service) writeSpec(c *container, in oci.Input) (*oci.Result, error) {
+	res, err := oci.Container(in)
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range res.Warnings {
+		s.log.Warn("container is not all that was asked for", "container", c.record().ID, "reason", w)
+	}
+	if err := relabel(res); err != nil {
+		return nil, err
+	}
+	spec, err := json.Marshal(res.Spec)
+	if err != nil {
+		return nil, fmt.Errorf("encode the specification: %w", err)
+	}
+	if err := os.WriteFile(filepath.Join(c.record().Bundle, "config.json"), spec, 0o600); err != nil {
+		return nil, fmt.Errorf("write the specification: %w", err)
+	}
+	return res, nil
 }
 
 // makeRootfs prepares and mounts the container's root file system in its
@@ -156,15 +191,20 @@ func (s *Service) makeRootfs(ctx context.Context, sb *sandbox, c *container, img
 	return rootfs, nil
 }
 
-func (s *Service) specInput(sb *sandbox, c *container, img image.Image, rootfs string) oci.Input {
+func (s *Service) specInput(sb *sandbox, c *container, img image.Image, rootfs string) (oci.Input, error) {
+	ns, err := s.containerNamespaces(sb, c)
+	if err != nil {
+		return oci.Input{}, err
+	}
 	dir := s.podDir(sb.record().ID)
 	f := sb.handler.Supports()
 	rt := sb.handler.Runtime
 	in := oci.Input{
 		ID: c.record().ID, SandboxID: sb.record().ID, Sandbox: sb.get().Config, Config: c.record().Config,
 		Image: img.Config, ImageName: imageName(c.record().Config), Rootfs: rootfs, Node: s.o.Node,
+		CgroupParent: sb.record().CgroupParent,
 		SandboxLabel: sb.record().ProcessLabel,
-		Namespaces:   s.containerNamespaces(sb, c),
+		Namespaces:   ns,
 		Files: oci.Files{ResolvConf: filepath.Join(dir, "resolv.conf"), Hostname: filepath.Join(dir, "hostname"),
 			Hosts: filepath.Join(dir, "hosts"), Shm: filepath.Join(dir, "shm")},
 		Handler: oci.Handler{Name: sb.handler.Name, OCIVersion: f.OCIVersion, SystemdCgroup: rt.SystemdCgroup,
@@ -175,10 +215,10 @@ func (s *Service) specInput(sb *sandbox, c *container, img image.Image, rootfs s
 	if in.Namespaces.IPC == "" {
 		in.Files.Shm = "/dev/shm"
 	}
-	return in
+	return in, nil
 }
 
-func (s *Service) containerNamespaces(sb *sandbox, c *container) oci.Namespaces {
+func (s *Service) containerNamespaces(sb *sandbox, c *container) (oci.Namespaces, error) {
 	n := sandboxNamespaces(s.podDir(sb.record().ID), sb)
 	o := c.record().Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	var ns oci.Namespaces
@@ -206,11 +246,21 @@ func (s *Service) containerNamespaces(sb *sandbox, c *container) oci.Namespaces 
 	case runtimeapi.NamespaceMode_CONTAINER:
 		ns.PrivatePID = true
 	case runtimeapi.NamespaceMode_TARGET:
-		if t, err := s.index.container(o.GetTargetId()); err == nil {
-			ns.PID = fmt.Sprintf("/proc/%d/ns/pid", t.get().Pid)
+		t, err := s.index.container(o.GetTargetId())
+		if err != nil {
+			return ns, fmt.Errorf("target of the PID namespace: %w", err)
 		}
+		v := t.get()
+		if v.SandboxID != sb.record().ID {
+			return ns, fmt.Errorf("target %.13s of the PID namespace is in another pod: %w", v.ID, errdefs.ErrInvalidArgument)
+		}
+		if v.State != runtimeapi.ContainerState_CONTAINER_RUNNING || v.Pid == 0 {
+			return ns, fmt.Errorf("target %.13s of the PID namespace does not run: %w", v.ID, errdefs.ErrFailedPrecondition)
+		}
+		ns.PID = fmt.Sprintf("/proc/%d/ns/pid", v.Pid)
+	case runtimeapi.NamespaceMode_NODE: // what an empty path stands for
 	}
-	return ns
+	return ns, nil
 }
 
 // imageName is how the client called the image, for annotations and status.

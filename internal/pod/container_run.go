@@ -36,6 +36,9 @@ func (s *Service) StartContainer(ctx context.Context, id string) error {
 	if sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return fmt.Errorf("pod sandbox %.13s of container %.13s is not ready: %w", c.record().SandboxID, c.record().ID, errdefs.ErrFailedPrecondition)
 	}
+	if err := sb.usable(); err != nil {
+		return err
+	}
 	// A start that the client gave up on is not undone: it either completes
 	// or fails, and the container's status tells which.
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), createTime)
@@ -59,7 +62,10 @@ func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container)
 		return errors.Join(fmt.Errorf("start container %q: %w", cfg.Metadata.Name, err), s.noteFailedStart(c, err))
 	}
 	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase, r.Pid, r.StartedAt = running, pid, time.Now() }); err != nil {
-		return err
+		// Nobody would watch a container that runs and counts as created.
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), shimTime)
+		defer cancel()
+		return errors.Join(err, c.task(s).Discard(clean))
 	}
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, c.record().ID, c.record().SandboxID)
 	s.watch(c)
@@ -75,10 +81,13 @@ func (s *Service) noteFailedStart(c *container, cause error) error {
 		r.Phase, r.ExitCode, r.Reason, r.Message = exited, startErrorCode, "StartError", cause.Error()
 		r.StartedAt, r.FinishedAt = time.Unix(0, 0), time.Now()
 	})
-	close(c.ended)
-	close(c.deleted)
+	if err != nil {
+		return err
+	}
+	c.ended.pass()
+	c.deleted.pass()
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT, c.record().ID, c.record().SandboxID)
-	return err
+	return nil
 }
 
 // watch waits for the container's end and notes it. It is called once for
@@ -130,7 +139,7 @@ func (s *Service) noteExit(c *container, e shim.Exit) error {
 	if err != nil {
 		return err
 	}
-	close(c.ended)
+	c.ended.pass()
 	v := c.get()
 	s.log.Info("container ended", "container", v.ID, "status", v.ExitCode, "reason", v.Reason)
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT, v.ID, v.SandboxID)
@@ -140,7 +149,7 @@ func (s *Service) noteExit(c *container, e shim.Exit) error {
 // deleteTask takes the ended container off its shim, as soon as it has ended,
 // so that its cgroup goes.
 func (s *Service) deleteTask(c *container) {
-	defer close(c.deleted)
+	defer c.deleted.pass()
 	ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
 	defer cancel()
 	if err := c.task(s).Delete(ctx); err != nil {
@@ -177,8 +186,8 @@ func (s *Service) stopContainer(ctx context.Context, c *container, timeout time.
 			r.Phase, r.ExitCode, r.Reason, r.FinishedAt = exited, 0, "Completed", time.Now()
 		})
 		if err == nil {
-			close(c.ended)
-			close(c.deleted)
+			c.ended.pass()
+			c.deleted.pass()
 		}
 		c.op.unlock()
 		return err
@@ -199,7 +208,7 @@ func (s *Service) stopContainer(ctx context.Context, c *container, timeout time.
 		wait, cancel := context.WithTimeout(ctx, timeout)
 		defer cancel()
 		select {
-		case <-c.ended:
+		case <-c.ended.passed():
 			return nil
 		case <-wait.Done():
 		}
@@ -213,7 +222,7 @@ func (s *Service) stopContainer(ctx context.Context, c *container, timeout time.
 	wait, cancel := context.WithTimeout(ctx, killTime)
 	defer cancel()
 	select {
-	case <-c.ended:
+	case <-c.ended.passed():
 		return nil
 	case <-wait.Done():
 		return fmt.Errorf("container %.13s does not end after SIGKILL (a process in uninterruptible sleep?): %w", c.record().ID, wait.Err())
@@ -241,7 +250,7 @@ func (s *Service) RemoveContainer(ctx context.Context, id string) error {
 		return nil
 	}
 	select {
-	case <-c.deleted:
+	case <-c.deleted.passed():
 	case <-ctx.Done():
 		return fmt.Errorf("wait for the shim to let go of container %.13s: %w", c.record().ID, ctx.Err())
 	}
@@ -255,13 +264,10 @@ func (s *Service) RemoveContainer(ctx context.Context, id string) error {
 }
 
 func (s *Service) dropContainer(c *container) error {
-	v := c.get()
-	if err := s.store.delete(containerBucket, v.ID); err != nil {
+	if err := s.deleteContainer(c); err != nil {
 		return err
 	}
-	s.index.dropContainer(v.ID)
-	s.attempts.release(c.record().Name, v.ID)
-	s.stats.forgetContainer(v.ID)
+	v := c.get()
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, v.ID, v.SandboxID)
 	return nil
 }

@@ -14,8 +14,9 @@
 // It knows isolation only through the shim protocol (package shim), and it
 // knows no gRPC server, no TOML and no registry.
 //
-// Lock order, outer to inner: attempts.mu; entry.op (one life-cycle operation
-// at a time for one sandbox or container; held across I/O on purpose, it
-// excludes only operations on the same id); index.mu (maps and snapshots;
-// never held across I/O).
+// Lock order, outer to inner: the op of a sandbox, then of one of its
+// containers (one life-cycle operation at a time; held across I/O on purpose,
+// it excludes only operations on the same id); their mu (one change of the
+// record at a time; held while the store is written). All other locks are
+// leaves and never held across I/O.
 package pod

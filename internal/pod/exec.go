@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"os"
 	"path/filepath"
@@ -47,6 +48,7 @@ func (s *Service) runningContainer(id string) (*container, error) {
 type started struct {
 	exec  shim.Exec
 	fifos *fifos
+	log   *slog.Logger
 }
 
 // startExec starts cmd in the container. The caller ends it with finish.
@@ -68,7 +70,7 @@ func (s *Service) startExec(ctx context.Context, c *container, cmd []string, in,
 	if err != nil {
 		return nil, err
 	}
-	st := &started{exec: c.task(s).Exec(id), fifos: f}
+	st := &started{exec: c.task(s).Exec(id), fifos: f, log: s.log}
 	fin, fout, ferr := f.paths()
 	if err := st.exec.Start(ctx, p, fin, fout, ferr); err != nil {
 		st.finish(ctx)
@@ -83,13 +85,19 @@ func (st *started) finish(ctx context.Context) {
 	st.fifos.close()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), shimTime)
 	defer cancel()
-	if err := st.exec.Delete(ctx); err != nil {
-		// It runs still: the client went away or its time is over.
-		if st.exec.Kill(ctx, syscall.SIGKILL) == nil {
-			if _, err := st.exec.Wait(ctx); err == nil {
-				st.exec.Delete(ctx)
-			}
-		}
+	if st.exec.Delete(ctx) == nil {
+		return
+	}
+	// It runs still: the client went away or its time is over.
+	err := st.exec.Kill(ctx, syscall.SIGKILL)
+	if err == nil {
+		_, err = st.exec.Wait(ctx)
+	}
+	if err == nil {
+		err = st.exec.Delete(ctx)
+	}
+	if err != nil && !errdefs.IsNotFound(err) {
+		st.log.Warn("a process of an exec was left", "container", st.exec.ID, "exec", st.exec.ExecID, "err", err)
 	}
 }
 
@@ -194,7 +202,7 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 	go func() {
 		defer close(fed)
 		if f.in != nil {
-			io.Copy(f.in, st.In)
+			_, _ = io.Copy(f.in, st.In) // either side may go away at any time
 			f.in.Close()
 		}
 	}()
@@ -202,7 +210,7 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 		// Only input: the session lasts as long as the client or the container.
 		select {
 		case <-fed:
-		case <-c.ended:
+		case <-c.ended.passed():
 		case <-ctx.Done():
 		}
 		return nil
@@ -216,7 +224,7 @@ func feed(ctx context.Context, to *os.File, from io.Reader, e shim.Exec) {
 	if to == nil {
 		return
 	}
-	io.Copy(to, from)
+	_, _ = io.Copy(to, from) // either side may go away at any time
 	to.Close()
 	// With nobody waiting for it, an unanswered call only leaves the input open.
 	_ = e.CloseStdin(ctx)
@@ -257,9 +265,10 @@ func (s *Service) PortForward(ctx context.Context, sandboxID string, port int32,
 	defer stop()
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		io.Copy(peer, conn)
+		// Either side may go away at any time; the other direction tells.
+		_, _ = io.Copy(peer, conn)
 		if c, ok := peer.(*net.TCPConn); ok {
-			c.CloseWrite()
+			_ = c.CloseWrite()
 		}
 	})
 	_, err = io.Copy(conn, peer)

@@ -22,20 +22,23 @@ type fifos struct {
 	once    sync.Once
 }
 
-func newFifos(dir string, in, out, errs bool) (f *fifos, err error) {
+func newFifos(dir string, in, out, errs bool) (*fifos, error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the folder of the streams: %w", err)
 	}
-	f = &fifos{dir: dir}
-	defer func() {
-		if err != nil {
-			f.close()
-		}
-	}()
+	f := &fifos{dir: dir}
+	if err := f.make(in, out, errs); err != nil {
+		f.close()
+		return nil, err
+	}
+	return f, nil
+}
+
+func (f *fifos) make(in, out, errs bool) (err error) {
 	if in {
 		// Read-write, so that opening does not wait for the reader.
 		if f.in, err = f.open("in", os.O_RDWR); err != nil {
-			return nil, err
+			return err
 		}
 	}
 	for _, o := range []struct {
@@ -47,15 +50,15 @@ func newFifos(dir string, in, out, errs bool) (f *fifos, err error) {
 			continue
 		}
 		if *o.end, err = f.open(o.name, os.O_RDONLY); err != nil {
-			return nil, err
+			return err
 		}
 		w, err := os.OpenFile(f.path(o.name), os.O_WRONLY|syscall.O_NONBLOCK, 0)
 		if err != nil {
-			return nil, fmt.Errorf("open a stream: %w", err)
+			return fmt.Errorf("open a stream: %w", err)
 		}
 		f.writers = append(f.writers, w)
 	}
-	return f, nil
+	return nil
 }
 
 func (f *fifos) open(name string, mode int) (*os.File, error) {

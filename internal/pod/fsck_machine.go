@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,13 +11,13 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/moby/sys/mountinfo"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sys/unix"
 
 	"cloister.dev/internal/network"
+	"cloister.dev/internal/oci"
 )
 
 // networkOf is all that a network needs to release what an id holds after its
@@ -91,10 +92,7 @@ func livingIn(bundle string) int {
 	if err != nil || json.Unmarshal(data, &spec) != nil || spec.Linux == nil {
 		return 0 // without a specification it was never started
 	}
-	group := spec.Linux.CgroupsPath
-	if parts := strings.Split(group, ":"); len(parts) == 3 { // slice:prefix:name
-		group = path.Join(cgroupPath(parts[0]), parts[1]+"-"+parts[2]+".scope")
-	}
+	group := oci.KernelCgroup(spec.Linux.CgroupsPath)
 	if group == "" || group == "/" {
 		return 0
 	}
@@ -108,7 +106,7 @@ func livingIn(bundle string) int {
 // listCgroups lists the cgroups without processes that are named by ids, in
 // the places where ours are.
 func (s *Service) listCgroups(context.Context) ([]orphan, error) {
-	parents := map[string]bool{defaultCgroup: true}
+	parents := map[string]bool{cmp.Or(s.o.CgroupParent, oci.DefaultCgroup): true}
 	for _, sb := range s.index.allSandboxes() {
 		parents[path.Dir(containerCgroup(sb, sb.get().ID))] = true
 	}
@@ -155,7 +153,7 @@ func emptyCgroups(dir string) ([]orphan, error) {
 	}
 	var all []orphan
 	for _, e := range entries {
-		id := strings.TrimSuffix(strings.TrimPrefix(e.Name(), scopePrefix), ".scope")
+		id := oci.ContainerOf(e.Name())
 		p := filepath.Join(dir, e.Name())
 		if !e.IsDir() || !isID(id) || populated(p) {
 			continue

@@ -140,7 +140,7 @@ func (s *Service) checkRunning(ctx context.Context, c *container, repair bool) *
 		return f
 	}
 	select {
-	case <-c.ended:
+	case <-c.ended.passed():
 		f.repaired(nil)
 	case <-time.After(exitTime):
 		f.repaired(errors.New("its end was not noticed; stop or remove the container"))

@@ -11,6 +11,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"cloister.dev/internal/oci"
 )
 
 // litter puts onto the machine what a sandbox and a container leave when their
@@ -46,7 +48,7 @@ func (m *machine) litter(t *testing.T) (id string, kinds []string) {
 	}
 	kinds = []string{"bundle", "netns", "network", "shim", "shim", "shim", "snapshot", "snapshot", "volume"}
 	if !cgroupRoot().unified {
-		group := cgroupRoot().dir("memory", filepath.Join(defaultCgroup, id, "inner"))
+		group := cgroupRoot().dir("memory", filepath.Join(oci.DefaultCgroup, id, "inner"))
 		do(os.MkdirAll(group, 0o755))
 		t.Cleanup(func() { removeCgroup(filepath.Dir(group)) })
 		kinds = append(kinds, "cgroup")
@@ -241,7 +243,7 @@ func TestFsckRecords(t *testing.T) {
 	if len(byID) != len(want) {
 		t.Errorf("found %+v; healthy are %s and %s", byID, healthy.rec.ID, running.rec.ID)
 	}
-	time.AfterFunc(100*time.Millisecond, func() { close(ghost.ended) }) // as its watcher does
+	time.AfterFunc(100*time.Millisecond, func() { ghost.ended.pass() }) // as its watcher does
 	for id, f := range check(true) {
 		if !f.Repaired || !want[id] {
 			t.Errorf("%+v", f)

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/selinux/go-selinux"
 
 	"cloister.dev/internal/shim"
 )
@@ -34,13 +35,26 @@ func (l opLock) lock(ctx context.Context) error {
 
 func (l opLock) unlock() { <-l }
 
+// milestone is passed once and stays so.
+type milestone struct {
+	once sync.Once
+	ch   chan struct{}
+}
+
+func newMilestone() *milestone { return &milestone{ch: make(chan struct{})} }
+
+func (m *milestone) pass() { m.once.Do(func() { close(m.ch) }) }
+
+func (m *milestone) passed() <-chan struct{} { return m.ch }
+
 // sandbox is a pod sandbox in memory.
 type sandbox struct {
 	op      opLock
-	handler *shim.Handler // nil when its handler is not configured any more
+	handler *shim.Handler
 
 	mu   sync.Mutex    // one change at a time
 	rec  sandboxRecord // guarded by mu
+	gone bool          // its record was deleted; guarded by mu
 	snap atomic.Pointer[sandboxRecord]
 }
 
@@ -51,10 +65,11 @@ type container struct {
 
 	mu   sync.Mutex      // one change at a time
 	rec  containerRecord // guarded by mu
+	gone bool            // its record was deleted; guarded by mu
 	snap atomic.Pointer[containerRecord]
 
-	ended   chan struct{} // closed when it has exited
-	deleted chan struct{} // closed when, after its exit, the shim has forgotten it
+	ended   *milestone // it has exited
+	deleted *milestone // after its exit, the shim has forgotten it
 }
 
 // record gives the record as it was last stored; it does not change.
@@ -208,11 +223,15 @@ func (s *Service) Containers() []Container {
 	return all
 }
 
-// changeSandbox changes the record of a sandbox: on disk first, then for readers.
+// changeSandbox changes the record of a sandbox: on disk first, then for
+// readers. A deleted record is not written again.
 func (s *Service) changeSandbox(sb *sandbox, change func(*sandboxRecord)) error {
 	sb.mu.Lock()
 	defer sb.mu.Unlock()
 	rec := sb.rec
+	if sb.gone {
+		return fmt.Errorf("pod sandbox %.13s was removed meanwhile: %w", rec.ID, errdefs.ErrNotFound)
+	}
 	change(&rec)
 	rec.State = rec.Phase.sandboxState()
 	if err := s.store.put(sandboxBucket, rec.ID, rec); err != nil {
@@ -224,11 +243,14 @@ func (s *Service) changeSandbox(sb *sandbox, change func(*sandboxRecord)) error 
 }
 
 // changeContainer changes the record of a container: on disk first, then for
-// readers.
+// readers. A deleted record is not written again.
 func (s *Service) changeContainer(c *container, change func(*containerRecord)) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	rec := c.rec
+	if c.gone {
+		return fmt.Errorf("container %.13s was removed meanwhile: %w", rec.ID, errdefs.ErrNotFound)
+	}
 	change(&rec)
 	rec.State = rec.Phase.containerState()
 	if err := s.store.put(containerBucket, rec.ID, rec); err != nil {
@@ -236,5 +258,35 @@ func (s *Service) changeContainer(c *container, change func(*containerRecord)) e
 	}
 	c.rec = rec
 	c.snap.Store(&rec)
+	return nil
+}
+
+// deleteSandbox forgets a sandbox of which nothing is left: on disk, then for
+// readers, then its name.
+func (s *Service) deleteSandbox(sb *sandbox) error {
+	sb.mu.Lock()
+	defer sb.mu.Unlock()
+	if err := s.store.delete(sandboxBucket, sb.rec.ID); err != nil {
+		return err
+	}
+	sb.gone = true
+	s.index.dropSandbox(sb.rec.ID)
+	s.attempts.release(sb.rec.Name, sb.rec.ID)
+	s.stats.forgetSandbox(sb.rec.ID)
+	selinux.ReleaseLabel(sb.rec.ProcessLabel)
+	return nil
+}
+
+// deleteContainer forgets a container of which nothing is left.
+func (s *Service) deleteContainer(c *container) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := s.store.delete(containerBucket, c.rec.ID); err != nil {
+		return err
+	}
+	c.gone = true
+	s.index.dropContainer(c.rec.ID)
+	s.attempts.release(c.rec.Name, c.rec.ID)
+	s.stats.forgetContainer(c.rec.ID)
 	return nil
 }

@@ -60,13 +60,20 @@ func (n namespaces) pin() error {
 	return onOwnThread(func() error { return n.unshare() })
 }
 
-// onOwnThread runs f on a thread that nobody else uses. When f leaves the
-// thread in foreign namespaces it must return errTainted: the thread then dies
-// with the goroutine.
+// onOwnThread runs f on a thread that nobody else uses and that is not the
+// first of the process, whose namespaces are what /proc/self shows. When f
+// leaves the thread in foreign namespaces it must return errTainted: the
+// thread then dies with the goroutine.
 func onOwnThread(f func() error) error {
 	done := make(chan error, 1)
 	go func() {
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			err := onOwnThread(f) // gets another one, this goroutine holds the first
+			runtime.UnlockOSThread()
+			done <- err
+			return
+		}
 		err := f()
 		if !errors.Is(err, errTainted) {
 			runtime.UnlockOSThread()
@@ -172,8 +179,10 @@ func (n namespaces) pinInUserNamespace() error {
 		if err := cmd.Start(); err != nil {
 			return fmt.Errorf("make a user namespace: %w", err)
 		}
-		defer cmd.Wait()
-		defer cmd.Process.Kill()
+		defer func() {
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait() // tells only of the kill
+		}()
 		proc := fmt.Sprintf("/proc/%d/ns/", cmd.Process.Pid)
 		for _, k := range n.pins() {
 			if err := unix.Mount(proc+k, n.path(k), "", unix.MS_BIND, ""); err != nil {

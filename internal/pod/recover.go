@@ -17,7 +17,7 @@ import (
 // recover takes up what an earlier daemon left. Records are read at once, so
 // that no client sees an empty node; intents are finished and shims are asked
 // in the background, where a slow one holds up nobody else.
-func (s *Service) recover(ctx context.Context) error {
+func (s *Service) recover() error {
 	sandboxes, err := load[sandboxRecord](s.store, sandboxBucket)
 	if err != nil {
 		return err
@@ -27,14 +27,7 @@ func (s *Service) recover(ctx context.Context) error {
 		return err
 	}
 	for _, rec := range sandboxes {
-		sb := &sandbox{op: newOpLock(), rec: *rec}
-		sb.snap.Store(rec)
-		if sb.handler, err = s.o.Shims.Lookup(rec.HandlerName); err != nil {
-			s.log.Warn("pod of a handler that is not configured any more", "sandbox", rec.ID, "handler", rec.HandlerName)
-		}
-		selinux.ReserveLabel(rec.ProcessLabel)
-		s.index.addSandbox(sb)
-		s.attempts.reserve(rec.Name, rec.Hash, rec.ID)
+		s.recoverSandbox(rec)
 	}
 	byPod := map[string][]*container{}
 	for _, rec := range containers {
@@ -44,12 +37,21 @@ func (s *Service) recover(ctx context.Context) error {
 	for _, sb := range s.index.allSandboxes() {
 		cs := byPod[sb.record().ID]
 		delete(byPod, sb.record().ID)
-		s.inBackground(sb, func(ctx context.Context) error { return s.recoverPod(ctx, sb, cs) })
+		s.inBackground(sb, func(ctx context.Context) error {
+			for ; len(cs) > 0; cs = cs[1:] { // a repeat goes on where the last one failed
+				if err := s.recoverContainer(ctx, cs[0]); err != nil {
+					return err
+				}
+				cs[0].op.unlock()
+			}
+			return s.recoverPod(ctx, sb)
+		})
 	}
 	for _, orphans := range byPod { // their pod's record is gone: a removal was cut off
 		for _, c := range orphans {
 			s.log.Warn("container without a pod", "container", c.record().ID)
-			close(c.deleted)
+			c.deleted.pass()
+			c.op.unlock()
 			s.work.Go(func() {
 				if err := s.RemoveContainer(s.ctx, c.record().ID); err != nil {
 					s.log.Error("remove a container without a pod", "container", c.record().ID, "err", err)
@@ -60,17 +62,39 @@ func (s *Service) recover(ctx context.Context) error {
 	return nil
 }
 
+func (s *Service) recoverSandbox(rec *sandboxRecord) {
+	sb := &sandbox{op: newOpLock(), rec: *rec}
+	sb.snap.Store(rec)
+	var err error
+	if sb.handler, err = s.o.Shims.Lookup(rec.HandlerName); err != nil {
+		s.log.Warn("pod of a handler that is not configured any more", "sandbox", rec.ID, "handler", rec.HandlerName)
+		sb.handler = s.o.Shims.Former(rec.HandlerName, rec.Runtime)
+	}
+	if err := selinux.ReserveLabelV2(rec.ProcessLabel); err != nil {
+		s.log.Warn("SELinux label of a pod may be given to a second one", "sandbox", rec.ID, "err", err)
+	}
+	s.index.addSandbox(sb)
+	if rec.Phase != creating { // a half-made one has given its name up
+		s.attempts.reserve(rec.Name, rec.Hash, rec.ID)
+	}
+}
+
+// recoverRecord gives a container whose operation lock is held, until it is
+// known what became of it.
 func (s *Service) recoverRecord(rec *containerRecord) *container {
-	c := &container{op: newOpLock(), rec: *rec, ended: make(chan struct{}), deleted: make(chan struct{})}
+	c := &container{op: newOpLock(), rec: *rec, ended: newMilestone(), deleted: newMilestone()}
+	c.op <- struct{}{}
 	c.snap.Store(rec)
 	if sb, err := s.index.sandbox(rec.SandboxID); err == nil {
 		c.handler = sb.handler
 	}
 	if rec.Phase == exited || rec.Phase == removing {
-		close(c.ended)
+		c.ended.pass()
 	}
 	s.index.addContainer(c)
-	s.attempts.reserve(rec.Name, rec.Hash, rec.ID)
+	if rec.Phase != creating {
+		s.attempts.reserve(rec.Name, rec.Hash, rec.ID)
+	}
 	return c
 }
 
@@ -102,12 +126,7 @@ func (s *Service) inBackground(sb *sandbox, f func(context.Context) error) {
 
 // recoverPod finishes what the daemon's end cut off. It may run again after a
 // failure. The caller holds sb.op.
-func (s *Service) recoverPod(ctx context.Context, sb *sandbox, cs []*container) error {
-	for _, c := range cs {
-		if err := s.recoverContainer(ctx, c); err != nil {
-			return err
-		}
-	}
+func (s *Service) recoverPod(ctx context.Context, sb *sandbox) error {
 	switch sb.phase() {
 	case creating:
 		return s.takeDown(ctx, sb)
@@ -129,10 +148,8 @@ func (s *Service) recoverPod(ctx context.Context, sb *sandbox, cs []*container) 
 func (s *Service) takeDown(ctx context.Context, sb *sandbox) error {
 	id := sb.record().ID
 	s.log.Info("taking down a half-made pod", "sandbox", id)
-	if sb.handler != nil {
-		if err := sb.handler.ShutdownSandbox(ctx, id, s.podDir(id)); err != nil {
-			return err
-		}
+	if err := sb.handler.ShutdownSandbox(ctx, id, s.podDir(id)); err != nil {
+		return err
 	}
 	if sb.record().NetworkUp {
 		if err := s.detach(ctx, sb); err != nil {
@@ -142,53 +159,42 @@ func (s *Service) takeDown(ctx context.Context, sb *sandbox) error {
 	if err := removeFolder(s.podDir(id)); err != nil {
 		return err
 	}
-	if err := s.store.delete(sandboxBucket, id); err != nil {
-		return err
-	}
-	s.index.dropSandbox(id)
-	selinux.ReleaseLabel(sb.record().ProcessLabel)
-	s.attempts.release(sb.record().Name, id)
-	return nil
+	return s.deleteSandbox(sb)
 }
 
-// recoverContainer asks the shim what became of a container.
+// recoverContainer asks the shim what became of a container. The caller holds
+// c.op, and does not call it again after a success.
 func (s *Service) recoverContainer(ctx context.Context, c *container) error {
 	switch c.phase() {
 	case creating:
-		if err := s.releaseFiles(ctx, c); err != nil {
-			return err
-		}
-		return s.dropContainer(c)
+		return s.discardContainer(ctx, c)
 	case removing, exited:
-		closeOnce(c.deleted, func() {
-			if c.handler == nil {
-				return
-			}
-			if err := c.task(s).Delete(ctx); err != nil {
-				s.log.Warn("delete an ended container on its shim", "container", c.record().ID, "err", err)
-			}
-		})
+		// What a failed start left may run still.
+		if err := c.task(s).Discard(ctx); err != nil {
+			s.log.Warn("delete an ended container on its shim", "container", c.record().ID, "err", err)
+		}
+		c.deleted.pass()
 		if c.phase() == exited {
 			return nil
 		}
-		if err := s.releaseFiles(ctx, c); err != nil {
-			return err
-		}
-		return s.dropContainer(c)
+		return s.discardContainer(ctx, c)
+	default:
+		return s.recoverLive(ctx, c)
 	}
-	return s.recoverLive(ctx, c)
 }
 
 // recoverLive takes up a container that was created or running.
 func (s *Service) recoverLive(ctx context.Context, c *container) error {
-	state, err := shim.State{}, error(errdefs.ErrNotFound)
-	if c.handler != nil {
-		state, err = c.task(s).State(ctx)
-	}
+	state, err := c.task(s).State(ctx)
 	if err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("ask for container %.13s: %w", c.record().ID, err)
 	}
 	known := err == nil && (state.Pid != 0 || state.Exited)
+	if err == nil && !known { // its start was cut off
+		if err := c.task(s).Discard(ctx); err != nil {
+			return fmt.Errorf("clear container %.13s off its shim: %w", c.record().ID, err)
+		}
+	}
 	switch {
 	case known && c.phase() == ready:
 		// Started, and the daemon died before it noted that.
@@ -203,20 +209,11 @@ func (s *Service) recoverLive(ctx context.Context, c *container) error {
 		if err := s.noteExit(c, shim.Exit{Status: 255, At: time.Now(), Unknown: true}); err != nil {
 			return err
 		}
-		close(c.deleted)
+		c.deleted.pass()
 	case !mountRoot(c.record().Bundle + "/rootfs"):
 		if err := s.noteFailedStart(c, errors.New("the node was restarted before the container was started")); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-func closeOnce(ch chan struct{}, before func()) {
-	select {
-	case <-ch:
-	default:
-		before()
-		close(ch)
-	}
 }

@@ -53,13 +53,16 @@ func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, 
 	rec := &sb.rec
 	ns := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	*rec = sandboxRecord{
-		Name: sandboxName(cfg.Metadata), Hash: hash, HandlerName: h.Name, Phase: creating,
+		Name: sandboxName(cfg.Metadata), Hash: hash, HandlerName: h.Name, Runtime: h.Runtime.Trace(), Phase: creating,
 		Sysctls:  oci.Sysctls(cfg, s.o.Node),
 		SharePID: ns.GetPid() == runtimeapi.NamespaceMode_POD,
 		Sandbox: Sandbox{
 			ID: id, Config: cfg, Handler: handler, CreatedAt: time.Now(), State: runtimeapi.PodSandboxState_SANDBOX_NOTREADY,
 			Bundle: s.podDir(id), Overhead: cfg.GetLinux().GetOverhead(), Resources: cfg.GetLinux().GetResources(),
 		},
+	}
+	if rec.CgroupParent = cfg.GetLinux().GetCgroupParent(); rec.CgroupParent == "" && !h.Runtime.SystemdCgroup {
+		rec.CgroupParent = s.o.CgroupParent
 	}
 	if ns.GetNetwork() != runtimeapi.NamespaceMode_NODE {
 		rec.NetNS, rec.NetworkUp = filepath.Join(s.podDir(id), "ns", "net"), true
@@ -117,18 +120,27 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 		return err
 	}
 	stage("writing the record")
-	s.index.addSandbox(sb)
 	if err := s.changeSandbox(sb, func(r *sandboxRecord) {
 		r.Phase, r.Pid, r.IPs, r.Network = ready, pid, attached.IPs, attached.Raw
 	}); err != nil {
 		return err
 	}
+	s.index.addSandbox(sb)
 	undo.Release()
 	stage("made")
 	s.watchHolder(sb)
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, id, id)
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, id, id)
 	return nil
+}
+
+// usable tells why nothing can be started in the sandbox any more, if so.
+func (sb *sandbox) usable() error {
+	if sb.handler.Configured() {
+		return nil
+	}
+	return fmt.Errorf("handler %q of pod sandbox %.13s is not configured any more, it can only be stopped and removed: %w",
+		sb.handler.Name, sb.record().ID, errdefs.ErrFailedPrecondition)
 }
 
 // makeFolder makes what of the sandbox lives in its folder: namespaces, shm

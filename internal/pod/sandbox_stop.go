@@ -7,7 +7,6 @@ import (
 	"os"
 
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/selinux/go-selinux"
 	"golang.org/x/sync/errgroup"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -15,6 +14,12 @@ import (
 // StopSandbox stops the sandbox's containers and takes its network down. It
 // may be repeated; an absent sandbox is success.
 func (s *Service) StopSandbox(ctx context.Context, id string) error {
+	return s.withSandbox(ctx, id, s.stopSandbox)
+}
+
+// withSandbox runs f with the sandbox's operation lock. It does nothing when
+// the sandbox is not there, or was removed by the operation that it waited for.
+func (s *Service) withSandbox(ctx context.Context, id string, f func(context.Context, *sandbox) error) error {
 	sb, err := s.index.sandbox(id)
 	if errdefs.IsNotFound(err) {
 		return nil
@@ -26,7 +31,10 @@ func (s *Service) StopSandbox(ctx context.Context, id string) error {
 		return err
 	}
 	defer sb.op.unlock()
-	return s.stopSandbox(ctx, sb)
+	if _, err := s.index.sandbox(sb.record().ID); errdefs.IsNotFound(err) {
+		return nil
+	}
+	return f(ctx, sb)
 }
 
 // stopSandbox goes the whole way again after a failure: each step finds what
@@ -48,10 +56,8 @@ func (s *Service) stopSandbox(ctx context.Context, sb *sandbox) error {
 	if err := g.Wait(); err != nil {
 		return fmt.Errorf("stop the containers of pod %s: %w", sb.record().Name, err)
 	}
-	if sb.handler != nil {
-		if err := sb.handler.StopSandbox(ctx, id, s.podDir(id)); err != nil {
-			return fmt.Errorf("stop pod %s on its shim: %w", sb.record().Name, err)
-		}
+	if err := sb.handler.StopSandbox(ctx, id, s.podDir(id)); err != nil {
+		return fmt.Errorf("stop pod %s on its shim: %w", sb.record().Name, err)
 	}
 	if sb.record().NetworkUp {
 		if err := s.detach(ctx, sb); err != nil {
@@ -81,28 +87,17 @@ func (s *Service) detach(ctx context.Context, sb *sandbox) error {
 // RemoveSandbox removes the sandbox with its containers, stopping what runs.
 // It may be repeated; an absent sandbox is success.
 func (s *Service) RemoveSandbox(ctx context.Context, id string) error {
-	sb, err := s.index.sandbox(id)
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	if err := sb.op.lock(ctx); err != nil {
-		return err
-	}
-	defer sb.op.unlock()
-	if err := s.stopSandbox(ctx, sb); err != nil {
-		return err
-	}
-	return s.removeSandbox(ctx, sb)
+	return s.withSandbox(ctx, id, func(ctx context.Context, sb *sandbox) error {
+		if err := s.stopSandbox(ctx, sb); err != nil {
+			return err
+		}
+		return s.removeSandbox(ctx, sb)
+	})
 }
 
+// removeSandbox removes a stopped sandbox. The caller holds sb.op.
 func (s *Service) removeSandbox(ctx context.Context, sb *sandbox) error {
 	id := sb.get().ID
-	if _, err := s.index.sandbox(id); errdefs.IsNotFound(err) {
-		return nil // another caller, whom we waited for, did it
-	}
 	for _, c := range s.index.containersOf(id) {
 		if err := s.RemoveContainer(ctx, c.get().ID); err != nil {
 			return fmt.Errorf("remove pod %s: %w", sb.record().Name, err)
@@ -113,21 +108,15 @@ func (s *Service) removeSandbox(ctx context.Context, sb *sandbox) error {
 			return err
 		}
 	}
-	if sb.handler != nil {
-		if err := sb.handler.ShutdownSandbox(ctx, id, s.podDir(id)); err != nil {
-			return fmt.Errorf("shut down pod %s on its shim: %w", sb.record().Name, err)
-		}
+	if err := sb.handler.ShutdownSandbox(ctx, id, s.podDir(id)); err != nil {
+		return fmt.Errorf("shut down pod %s on its shim: %w", sb.record().Name, err)
 	}
 	if err := removeFolder(s.podDir(id)); err != nil {
 		return err
 	}
-	if err := s.store.delete(sandboxBucket, id); err != nil {
+	if err := s.deleteSandbox(sb); err != nil {
 		return err
 	}
-	s.index.dropSandbox(id)
-	s.attempts.release(sb.record().Name, id)
-	s.stats.forgetSandbox(id)
-	selinux.ReleaseLabel(sb.record().ProcessLabel)
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT, id, id)
 	return nil
 }

@@ -27,9 +27,14 @@ type Options struct {
 	Node        oci.Node
 	Log         *slog.Logger
 
+	// CgroupParent is for pods that name none and whose cgroups systemd does
+	// not manage. Each daemon of a node needs one of its own; empty is
+	// oci.DefaultCgroup.
+	CgroupParent string
+
 	LogMaxLine         int64 // bytes, see shim.TaskRequest
 	IgnoreImageVolumes bool
-	DrainExecSync      time.Duration      // 0: wait for all output of an ExecSync
+	DrainExecSync      time.Duration      // bounds the wait for output of an exec that ended; 0: drainTime
 	StatsPeriod        time.Duration      // statistics are no older than this
 	VerboseInfo        map[string]any     // the configuration, as Status shows it
 	Conditions         func() []Condition // further conditions of Status
@@ -60,7 +65,7 @@ type Service struct {
 // Open opens the pod store and takes up the pods of an earlier daemon: what
 // runs goes on, what ended meanwhile is noted, what was half made is taken
 // down. The service serves at once; shims are asked in the background.
-func Open(ctx context.Context, o Options) (*Service, error) {
+func Open(o Options) (*Service, error) {
 	for _, d := range []struct {
 		path string
 		mode os.FileMode
@@ -77,7 +82,7 @@ func Open(ctx context.Context, o Options) (*Service, error) {
 	s.index.init()
 	s.attempts.init()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	if err := s.recover(ctx); err != nil {
+	if err := s.recover(); err != nil {
 		return nil, errors.Join(fmt.Errorf("recover the pods of an earlier daemon: %w", err), s.Close())
 	}
 	return s, nil
@@ -87,6 +92,7 @@ func Open(ctx context.Context, o Options) (*Service, error) {
 func (s *Service) Close() error {
 	s.cancel()
 	s.work.Wait()
+	s.dropCgroupParent()
 	s.hub.close()
 	return s.store.close()
 }

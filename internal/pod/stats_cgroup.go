@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"path"
 	"path/filepath"
 	"strings"
 
@@ -13,6 +12,8 @@ import (
 	"github.com/containerd/cgroups/v3/cgroup1"
 	cgroup1stats "github.com/containerd/cgroups/v3/cgroup1/stats"
 	"github.com/containerd/cgroups/v3/cgroup2"
+
+	"cloister.dev/internal/oci"
 )
 
 // cgroupTree is where the kernel shows cgroups: one folder on version 2, one
@@ -111,45 +112,11 @@ func podCgroup(sb *sandbox) string {
 	if parent == "" {
 		return ""
 	}
-	return cgroupPath(parent)
+	return oci.ParentCgroup(parent)
 }
 
-// cgroupPath gives the path of a cgroup parent in either driver's writing: a
-// slice stands for the chain of slices that its name spells.
-func cgroupPath(parent string) string {
-	base := path.Base(parent)
-	name, ok := strings.CutSuffix(base, ".slice")
-	if !ok {
-		return path.Join("/", parent)
-	}
-	if name == "-" { // systemd's name of the root
-		return "/"
-	}
-	full := "/"
-	for i, c := range name {
-		if c == '-' {
-			full = path.Join(full, name[:i]+".slice")
-		}
-	}
-	return path.Join(full, base)
-}
-
-// containerCgroup gives the cgroup of a container, as package oci names it.
+// containerCgroup gives the cgroup of a container.
 func containerCgroup(sb *sandbox, id string) string {
-	parent := sb.get().Config.GetLinux().GetCgroupParent()
-	if sb.handler == nil || !sb.handler.Runtime.SystemdCgroup {
-		if parent == "" {
-			parent = defaultCgroup
-		}
-		return path.Join("/", parent, id)
-	}
-	if parent == "" {
-		parent = "system.slice"
-	}
-	return path.Join(cgroupPath(parent), scopePrefix+id+".scope")
+	systemd := sb.handler != nil && sb.handler.Runtime.SystemdCgroup
+	return oci.ContainerCgroup(sb.record().CgroupParent, id, systemd)
 }
-
-const (
-	defaultCgroup = "/cloister"
-	scopePrefix   = "cloister-"
-)

@@ -40,6 +40,9 @@ type fakeShim struct {
 
 	mu   sync.Mutex
 	gone map[string]bool          // tasks that it does not know
+	sick map[string]bool          // tasks about which it answers nonsense
+	ends map[string]chan struct{} // closed when the task has ended
+	runs []string                 // tasks that were waited for
 	hang map[string]chan struct{} // tasks about which it does not answer
 }
 
@@ -83,7 +86,23 @@ func (f fakeHost) Inspect(_ context.Context, r *hostv1.InspectRequest) (*hostv1.
 	if f.gone[r.Id] {
 		return nil, errgrpc.ToGRPC(fmt.Errorf("task %s: %w", r.Id, errdefs.ErrNotFound))
 	}
+	if f.sick[r.Id] {
+		return nil, errgrpc.ToGRPC(errdefs.ErrInternal)
+	}
 	return &hostv1.InspectResponse{Pid: 1}, nil
+}
+
+func (f fakeTasks) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi.WaitResponse, error) {
+	f.mu.Lock()
+	end := f.ends[r.ID]
+	f.runs = append(f.runs, r.ID)
+	f.mu.Unlock()
+	select {
+	case <-end:
+		return &taskapi.WaitResponse{}, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 func (f fakeTasks) Kill(context.Context, *taskapi.KillRequest) (*emptypb.Empty, error) {
@@ -96,6 +115,11 @@ func (f fakeTasks) Delete(_ context.Context, r *taskapi.DeleteRequest) (*taskapi
 
 func (f fakeSandboxes) StopSandbox(context.Context, *sandboxapi.StopSandboxRequest) (*sandboxapi.StopSandboxResponse, error) {
 	return &sandboxapi.StopSandboxResponse{}, nil
+}
+
+func (f fakeSandboxes) WaitSandbox(ctx context.Context, _ *sandboxapi.WaitSandboxRequest) (*sandboxapi.WaitSandboxResponse, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
 }
 
 func (f fakeSandboxes) ShutdownSandbox(_ context.Context, r *sandboxapi.ShutdownSandboxRequest) (*sandboxapi.ShutdownSandboxResponse, error) {
@@ -212,7 +236,7 @@ func newMachine(t testing.TB, o Options) *machine {
 	}
 	t.Cleanup(o.Shims.Close)
 	o.Network = m.net
-	if m.Service, err = Open(t.Context(), o); err != nil {
+	if m.Service, err = Open(o); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {

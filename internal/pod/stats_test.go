@@ -53,7 +53,7 @@ func TestCellFailures(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var c cell[int]
 		broken := errors.New("broken")
-		if _, err := c.get(t.Context(), time.Minute, func(context.Context, int) (int, error) { return 7, broken }); err != broken {
+		if _, err := c.get(t.Context(), time.Minute, func(context.Context, int) (int, error) { return 7, broken }); !errors.Is(err, broken) {
 			t.Errorf("got %v", err)
 		}
 		if _, _, ok := c.last(); ok {
@@ -307,22 +307,6 @@ func TestSharesOfWeight(t *testing.T) {
 	for weight, shares := range map[uint64]uint64{1: 2, 10000: 262144, 39: 998, 0: 2} {
 		if got := sharesOf(weight); got != shares {
 			t.Errorf("weight %d is %d shares, want %d", weight, got, shares)
-		}
-	}
-}
-
-func TestCgroupPath(t *testing.T) {
-	for parent, want := range map[string]string{
-		"/kubepods/burstable/pod1":            "/kubepods/burstable/pod1",
-		"k8s.io":                              "/k8s.io",
-		"../../etc":                           "/etc",
-		"kubepods-burstable-pod1_2.slice":     "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1_2.slice",
-		"/kubepods.slice/kubepods-podx.slice": "/kubepods.slice/kubepods-podx.slice",
-		"system.slice":                        "/system.slice",
-		"-.slice":                             "/",
-	} {
-		if got := cgroupPath(parent); got != want {
-			t.Errorf("%s is at %s, want %s", parent, got, want)
 		}
 	}
 }

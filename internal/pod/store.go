@@ -10,6 +10,8 @@ import (
 	boltErrors "go.etcd.io/bbolt/errors"
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"cloister.dev/internal/shim"
 )
 
 // sandboxRecord is what pods.db keeps of a sandbox.
@@ -18,11 +20,16 @@ type sandboxRecord struct {
 	Name        string // reserved name, unique among sandboxes
 	Hash        string // of the request
 	HandlerName string // the handler that "" stood for
-	Phase       phase
-	NetworkUp   bool // addresses may be allocated
-	Sysctls     map[string]string
-	SharePID    bool
-	UIDs, GIDs  []idMapping
+	// Runtime is what is needed of the handler to end the sandbox, should it not
+	// be configured any more by then.
+	Runtime    shim.Runtime
+	Phase      phase
+	NetworkUp  bool // addresses may be allocated
+	Sysctls    map[string]string
+	SharePID   bool
+	UIDs, GIDs []idMapping
+	// CgroupParent holds the containers' cgroups.
+	CgroupParent string
 	// SELinux labels of the pod's processes and mounts; empty where it is off.
 	ProcessLabel, MountLabel string
 }

@@ -99,7 +99,8 @@ func (d *dialer) close() {
 const repeatTime = 15 * time.Second
 
 // call runs f on the current connection. When repeatable, a broken connection
-// is replaced and f runs again.
+// is replaced and f runs again. A call that waited for long before it broke
+// gets the whole time to try again.
 func (d *dialer) call(ctx context.Context, repeatable bool, f func(context.Context, *conn) error) error {
 	md := ttrpc.MD{}
 	md.Set("containerd-namespace-ttrpc", containerdNamespace)
@@ -107,7 +108,9 @@ func (d *dialer) call(ctx context.Context, repeatable bool, f func(context.Conte
 	deadline := time.Now().Add(repeatTime)
 	for pause := 5 * time.Millisecond; ; pause = min(2*pause, time.Second) {
 		c, err := d.get(ctx)
-		if err == nil {
+		sent := err == nil
+		if sent {
+			began := time.Now()
 			err = f(ctx, c)
 			if err == nil {
 				return nil
@@ -118,8 +121,14 @@ func (d *dialer) call(ctx context.Context, repeatable bool, f func(context.Conte
 			if !broken(err) {
 				return err
 			}
+			if time.Since(began) > repeatTime {
+				deadline, pause = time.Now().Add(repeatTime), 5*time.Millisecond
+			}
 		}
-		if !repeatable || time.Now().After(deadline) {
+		if errors.Is(err, errGone) {
+			return err
+		}
+		if sent && !repeatable || time.Now().After(deadline) {
 			return fmt.Errorf("%w: %w", errdefs.ErrUnavailable, err)
 		}
 		select {

@@ -3,6 +3,7 @@ package shim
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,9 +16,6 @@ import (
 	"syscall"
 
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
-	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
-	runcoptions "github.com/containerd/containerd/api/types/runc/options"
-	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/proto"
@@ -26,76 +24,136 @@ import (
 // external is one third-party shim process: the shim of one sandbox.
 type external struct {
 	dialer
-	logs io.Closer // our end of the shim's log FIFO
+	address string
+	logs    io.Closer // our end of the shim's log FIFO
+}
+
+func (c *Client) newExternal(id, bundle, address string) *external {
+	e := &external{address: address}
+	e.connect = func(ctx context.Context) (*conn, error) { return dialExternal(ctx, address) }
+	logs, err := c.openShimLog(id, bundle)
+	if err != nil {
+		c.log.Warn("what a shim says is not heard", "sandbox", id, "err", err)
+	}
+	e.logs = logs
+	return e
 }
 
 func (e *external) close() {
 	e.dialer.close()
 	if e.logs != nil {
-		e.logs.Close()
+		// Nobody could do anything about an error.
+		_ = e.logs.Close()
 	}
 }
 
-const bootstrapFile = "bootstrap.json"
+// errGone is what calls to a shim that has ended answer. Its socket was
+// listening before anybody knew of it and is never listened to again, so that
+// there is nothing to wait for.
+var errGone = fmt.Errorf("its shim has ended: %w", errdefs.ErrNotFound)
 
-// startExternal runs the shim's start command in the sandbox's folder, which
-// is its bundle, and connects to the address that it answers.
-func (c *Client) startExternal(ctx context.Context, h *Handler, r SandboxRequest) (*dialer, error) {
-	path, err := h.shimPath()
-	if err != nil {
+func dialExternal(ctx context.Context, address string) (*conn, error) {
+	c, err := dial(ctx, address)
+	if errors.Is(err, syscall.ECONNREFUSED) || errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("%w (%w)", errGone, err)
+	}
+	return c, err
+}
+
+// What is in a sandbox's folder, which is its shim's bundle: the spec is there
+// from before the shim is started, the address from after.
+const (
+	groupSpecFile = "config.json"
+	bootstrapFile = "bootstrap.json"
+)
+
+// startExternal runs the shim's start command in the sandbox's folder and
+// connects to the address that it answers. When it fails, endExternal finds
+// what is left.
+func (c *Client) startExternal(ctx context.Context, h *Handler, id, bundle string) (*external, error) {
+	if err := writeGroupSpec(id, bundle); err != nil {
 		return nil, err
 	}
-	if err := writeGroupSpec(r); err != nil {
-		return nil, err
+	boot, err := c.runStart(ctx, h, id, bundle)
+	if err != nil && ctx.Err() == nil { // it failed by itself, there is no shim
+		err = errors.Join(err, os.Remove(filepath.Join(bundle, groupSpecFile)))
 	}
-	logs, err := c.openShimLog(r.ID, r.Bundle)
 	if err != nil {
-		return nil, err
-	}
-	boot, err := c.runStart(ctx, h, path, r)
-	if err != nil {
-		logs.Close()
 		return nil, err
 	}
 	data, err := json.Marshal(boot)
 	if err == nil {
-		err = os.WriteFile(filepath.Join(r.Bundle, bootstrapFile), data, 0o600)
+		err = writeWhole(filepath.Join(bundle, bootstrapFile), data)
 	}
 	if err != nil {
-		logs.Close()
 		return nil, fmt.Errorf("note the address of the shim: %w", err)
 	}
-	e := &external{logs: logs}
-	e.connect = func(ctx context.Context) (*conn, error) { return dial(ctx, boot.Address) }
+	e := c.newExternal(id, bundle, boot.Address)
 	c.mu.Lock()
-	c.externals[r.ID] = e
+	c.externals[id] = e
 	c.mu.Unlock()
-	return &e.dialer, nil
+	return e, nil
 }
 
-func (c *Client) runStart(ctx context.Context, h *Handler, path string, r SandboxRequest) (*bootapi.BootstrapResult, error) {
+// writeWhole writes a file that is there as a whole or not at all.
+func writeWhole(path string, data []byte) error {
+	if err := os.WriteFile(path+".new", data, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
+}
+
+// runStart runs the start command. A repeat gets the address of the shim that
+// is running.
+func (c *Client) runStart(ctx context.Context, h *Handler, id, bundle string) (*bootapi.BootstrapResult, error) {
+	path, err := h.shimPath()
+	if err != nil {
+		return nil, err
+	}
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
+	// Shims open this FIFO for writing and would wait for a reader.
+	logs, err := c.openShimLog(id, bundle)
+	if err != nil {
+		return nil, err
+	}
+	defer logs.Close()
 	params, err := proto.Marshal(&bootapi.BootstrapParams{
-		InstanceID: r.ID, Namespace: containerdNamespace, ContainerdVersion: "2.4.2",
+		InstanceID: id, Namespace: containerdNamespace, ContainerdVersion: "2.4.2", SocketDir: proto.String(c.socketDir()),
 		ContainerdGrpcAddress: c.o.GRPCAddress, ContainerdTtrpcAddress: c.o.EventsAddress, ContainerdBinary: self,
 	})
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.CommandContext(ctx, path, c.shimArgs(self, r.ID, "start")...)
-	cmd.Dir = r.Bundle
+	cmd := exec.CommandContext(ctx, path, c.shimArgs(self, id, "start")...)
+	cmd.Dir = bundle
 	cmd.Env = c.shimEnv()
 	cmd.Stdin = bytes.NewReader(params)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = leftOpen
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil {
+	if err := cmd.Run(); err != nil && !errors.Is(err, exec.ErrWaitDelay) {
 		return nil, fmt.Errorf("%s start (handler %q): %w: %s", path, h.Name, err, firstBytes(stderr.Bytes()))
 	}
 	return parseBootstrap(stdout.Bytes())
+}
+
+// longestSocketDir leaves room for the names that shims give their sockets, 64
+// characters, in the 107 that the kernel takes.
+const longestSocketDir = 42
+
+// socketDir is where external shims make their sockets; those of a state
+// folder with a long name are in a folder that is named after it.
+func (c *Client) socketDir() string {
+	dir := filepath.Join(c.o.State, "s")
+	if len(dir) <= longestSocketDir {
+		return dir
+	}
+	sum := sha256.Sum256([]byte(dir))
+	return fmt.Sprintf("/run/cloister-shims-%x", sum[:8])
 }
 
 func (c *Client) shimArgs(self, id, action string) []string {
@@ -129,16 +187,16 @@ func parseBootstrap(out []byte) (*bootapi.BootstrapResult, error) {
 
 // writeGroupSpec leaves a config.json that makes containerd's runc shim group
 // the sandbox's containers in one process.
-func writeGroupSpec(r SandboxRequest) error {
+func writeGroupSpec(id, bundle string) error {
 	spec := specs.Spec{Version: specs.Version, Annotations: map[string]string{
-		"io.kubernetes.cri.sandbox-id":     r.ID,
+		"io.kubernetes.cri.sandbox-id":     id,
 		"io.kubernetes.cri.container-type": "sandbox",
 	}}
 	data, err := json.Marshal(spec)
 	if err != nil {
 		return err
 	}
-	if err := os.WriteFile(filepath.Join(r.Bundle, "config.json"), data, 0o600); err != nil {
+	if err := writeWhole(filepath.Join(bundle, groupSpecFile), data); err != nil {
 		return fmt.Errorf("write the sandbox's spec for its shim: %w", err)
 	}
 	return nil
@@ -173,11 +231,11 @@ func (c *Client) openShimLog(id, bundle string) (io.Closer, error) {
 
 // findExternal gives the connection to the shim of a sandbox, after a restart
 // of the daemon from the address noted in its folder.
-func (c *Client) findExternal(ctx context.Context, id, bundle string) (*dialer, error) {
+func (c *Client) findExternal(id, bundle string) (*external, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e := c.externals[id]; e != nil {
-		return &e.dialer, nil
+		return e, nil
 	}
 	data, err := os.ReadFile(filepath.Join(bundle, bootstrapFile))
 	if errors.Is(err, fs.ErrNotExist) {
@@ -186,61 +244,13 @@ func (c *Client) findExternal(ctx context.Context, id, bundle string) (*dialer, 
 	if err != nil {
 		return nil, fmt.Errorf("read the address of the shim: %w", err)
 	}
-	boot, err := parseBootstrap(data)
-	if err != nil {
-		return nil, err
+	var boot bootapi.BootstrapResult
+	if err := json.Unmarshal(data, &boot); err != nil {
+		return nil, fmt.Errorf("read the address of the shim from %s: %w", filepath.Join(bundle, bootstrapFile), err)
 	}
-	e := &external{}
-	e.connect = func(ctx context.Context) (*conn, error) { return dial(ctx, boot.Address) }
-	if logs, err := c.openShimLog(id, bundle); err == nil {
-		e.logs = logs
-	}
+	e := c.newExternal(id, bundle, boot.Address)
 	c.externals[id] = e
-	return &e.dialer, nil
-}
-
-// endExternal shuts the sandbox's shim down; when it does not answer, its
-// delete command cleans up.
-func (c *Client) endExternal(ctx context.Context, h *Handler, id, bundle string) error {
-	d, err := c.findExternal(ctx, id, bundle)
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	err = d.call(ctx, false, func(ctx context.Context, cn *conn) error {
-		_, err := cn.task.Shutdown(ctx, &taskapi.ShutdownRequest{ID: id, Now: true})
-		return err
-	})
-	c.mu.Lock()
-	if e := c.externals[id]; e != nil {
-		e.close()
-		delete(c.externals, id)
-	}
-	c.mu.Unlock()
-	if err == nil || errdefs.IsUnavailable(err) { // a shim that ends may not answer any more
-		return c.runDelete(ctx, h, id, bundle)
-	}
-	return fmt.Errorf("shut down the shim of sandbox %s: %w", id, err)
-}
-
-func (c *Client) runDelete(ctx context.Context, h *Handler, id, bundle string) error {
-	path, err := h.shimPath()
-	if err != nil {
-		return err
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	cmd := exec.CommandContext(ctx, path, append([]string{"-bundle", bundle}, c.shimArgs(self, id, "delete")...)...)
-	cmd.Dir = bundle
-	cmd.Env = c.shimEnv()
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("%s delete: %w: %s", path, err, firstBytes(out))
-	}
-	return nil
+	return e, nil
 }
 
 // firstBytes bounds what a foreign program's output adds to an error.
@@ -250,15 +260,4 @@ func firstBytes(b []byte) string {
 		b = append(b[:512:512], "…"...)
 	}
 	return string(b)
-}
-
-// foreignOptions encodes a handler's options table for a shim that is not ours.
-func (r Runtime) foreignOptions() proto.Message {
-	if name, _, err := shimName(r.Type); err == nil && name == "runc" || strings.HasSuffix(r.Path, "containerd-shim-runc-v2") {
-		return &runcoptions.Options{BinaryName: r.Binary, Root: r.Root, SystemdCgroup: r.SystemdCgroup, NoNewKeyring: r.NoNewKeyring}
-	}
-	if r.ConfigPath == "" && r.ConfigBody == "" {
-		return nil
-	}
-	return &runtimeoptions.Options{TypeUrl: r.OptionsType, ConfigPath: r.ConfigPath, ConfigBody: []byte(r.ConfigBody)}
 }

@@ -47,6 +47,11 @@ func (r Runtime) resident() bool {
 	return r.Type == containerType && r.Path == "" && !r.ForceExternal
 }
 
+// Trace is what of a runtime is needed to end what runs on it.
+func (r Runtime) Trace() Runtime {
+	return Runtime{Type: r.Type, Path: r.Path, ForceExternal: r.ForceExternal, SystemdCgroup: r.SystemdCgroup}
+}
+
 // Found gives a handler for each OCI runtime in PATH: what a node has whose
 // administrator configured none.
 func Found() map[string]Runtime {
@@ -167,6 +172,20 @@ func (c *Client) Lookup(name string) (*Handler, error) {
 	return h, nil
 }
 
+// Former gives a handler that is not configured any more for what still runs
+// on it: that can be watched, stopped and removed, but nothing can be started.
+func (c *Client) Former(name string, r Runtime) *Handler {
+	if r.Type == "" {
+		r.Type = containerType
+	}
+	h := &Handler{Name: name, Runtime: r, client: c, probed: make(chan struct{}), features: Features{Reason: "not configured any more"}}
+	close(h.probed)
+	return h
+}
+
+// Configured tells whether the handler is one of the client's, or a former one.
+func (h *Handler) Configured() bool { return h.client.handlers[h.Name] == h }
+
 // Handler gives the handler called name ("" is the default one), once its
 // probe has found it working.
 func (c *Client) Handler(ctx context.Context, name string) (*Handler, error) {
@@ -247,19 +266,20 @@ func (h *Handler) Supports() Features { return h.features }
 func (h *Handler) probe(ctx context.Context) {
 	defer close(h.probed)
 	if !h.Runtime.resident() {
-		h.features = h.probeExternal()
+		h.features = h.probeExternal(ctx)
 	} else {
-		h.features = h.probeResident(ctx)
+		h.features = h.probeRuntime(ctx, h.Runtime.Binary)
 	}
 	f := h.features
 	h.client.log.Info("handler probed", "handler", h.Name, "works", f.Works, "runtime", f.Path, "version", f.Version, "millis", f.Millis, "reason", f.Reason)
 }
 
-func (h *Handler) probeResident(ctx context.Context) Features {
+// probeRuntime lets the resident shim try an OCI runtime.
+func (h *Handler) probeRuntime(ctx context.Context, binary string) Features {
 	var resp *hostv1.ProbeResponse
 	err := h.client.container.call(ctx, true, func(ctx context.Context, c *conn) (err error) {
 		resp, err = c.host.Probe(ctx, &hostv1.ProbeRequest{
-			Binary: h.Runtime.Binary, Root: h.Runtime.Root, SystemdCgroup: h.Runtime.SystemdCgroup})
+			Binary: binary, Root: h.Runtime.Root, SystemdCgroup: h.Runtime.SystemdCgroup})
 		return err
 	})
 	if err != nil {
@@ -269,14 +289,22 @@ func (h *Handler) probeResident(ctx context.Context) Features {
 		RecursiveReadOnly: resp.RecursiveReadOnly, UserNamespaces: resp.UserNamespaces, IDMappedMounts: resp.IdmappedMounts, Millis: resp.Millis}
 }
 
-// probeExternal can only look for the program: what it runs is its own
-// affair, and a sandbox of an unknown shim may need a machine image.
-func (h *Handler) probeExternal() Features {
+// probeExternal looks for the shim's program and tries the OCI runtime behind
+// containerd's own shim. What another shim runs is its own affair: a sandbox of
+// it may need a machine image.
+func (h *Handler) probeExternal(ctx context.Context) Features {
 	path, err := h.shimPath()
 	if err != nil {
 		return Features{Reason: err.Error()}
 	}
-	return Features{Works: true, Path: path, OCIVersion: "1.1.0"}
+	if !h.runsRunc() {
+		return Features{Works: true, Path: path, OCIVersion: "1.1.0"}
+	}
+	binary := h.Runtime.Binary
+	if binary == "" {
+		binary = "runc" // what that shim takes
+	}
+	return h.probeRuntime(ctx, binary)
 }
 
 var shimType = regexp.MustCompile(`^io\.containerd\.([a-z0-9-]+)\.(v[0-9]+)$`)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
 	"github.com/containerd/errdefs"
@@ -25,26 +26,57 @@ type SandboxRequest struct {
 	ForeignConfig proto.Message // options for shims that are not ours
 }
 
+// cleanTime bounds the clean-up after a failed start.
+const cleanTime = 30 * time.Second
+
 // StartSandbox creates and starts a sandbox on the handler's shim and gives
 // the pid of its holder, 0 when there is none. On error nothing is left.
 func (h *Handler) StartSandbox(ctx context.Context, r SandboxRequest) (pid uint32, err error) {
-	d, err := h.open(ctx, r)
-	if err != nil {
-		return 0, err
-	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, h.ShutdownSandbox(context.WithoutCancel(ctx), r.ID, r.Bundle))
+			clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTime)
+			defer cancel()
+			err = errors.Join(err, h.ShutdownSandbox(clean, r.ID, r.Bundle))
 		}
 	}()
-	create := &sandboxapi.CreateSandboxRequest{SandboxID: r.ID, BundlePath: r.Bundle, NetnsPath: r.NetNS, Annotations: r.Annotations}
+	ours := &hostv1.SandboxOptions{SharePid: r.SharePID, UserNamespace: r.UserNS, CgroupPath: r.Cgroup}
 	if h.Runtime.resident() {
-		create.Options, err = typeurl.MarshalAnyToProto(&hostv1.SandboxOptions{SharePid: r.SharePID, UserNamespace: r.UserNS, CgroupPath: r.Cgroup})
-	} else if r.ForeignConfig != nil {
-		create.Options, err = typeurl.MarshalAnyToProto(r.ForeignConfig)
+		pid, err = r.start(ctx, &h.client.container.dialer, ours)
+	} else {
+		var e *external
+		if e, err = h.client.startExternal(ctx, h, r.ID, r.Bundle); err != nil {
+			return 0, err
+		}
+		pid, err = r.start(ctx, &e.dialer, r.ForeignConfig)
+		if errdefs.IsNotImplemented(err) { // a task shim: the sandbox is the shim process itself
+			pid, err = 0, nil
+			if r.SharePID {
+				pid, err = h.holdElsewhere(ctx, r, ours)
+			}
+		}
 	}
 	if err != nil {
-		return 0, fmt.Errorf("encode sandbox options: %w", err)
+		return 0, fmt.Errorf("start sandbox on handler %q: %w", h.Name, err)
+	}
+	return pid, nil
+}
+
+// holdElsewhere lets the resident shim hold the PID namespace that the
+// containers of an external task shim share.
+func (h *Handler) holdElsewhere(ctx context.Context, r SandboxRequest, o proto.Message) (pid uint32, err error) {
+	if !h.runsRunc() {
+		return 0, fmt.Errorf("its shim has no Sandbox API, so pods cannot share a PID namespace there: %w", errdefs.ErrNotImplemented)
+	}
+	return r.start(ctx, &h.client.container.dialer, o)
+}
+
+// start creates and starts the sandbox on one shim.
+func (r SandboxRequest) start(ctx context.Context, d *dialer, options proto.Message) (pid uint32, err error) {
+	create := &sandboxapi.CreateSandboxRequest{SandboxID: r.ID, BundlePath: r.Bundle, NetnsPath: r.NetNS, Annotations: r.Annotations}
+	if options != nil {
+		if create.Options, err = typeurl.MarshalAnyToProto(options); err != nil {
+			return 0, fmt.Errorf("encode sandbox options: %w", err)
+		}
 	}
 	err = d.call(ctx, false, func(ctx context.Context, c *conn) error {
 		if _, err := c.sandbox.CreateSandbox(ctx, create); err != nil {
@@ -56,78 +88,95 @@ func (h *Handler) StartSandbox(ctx context.Context, r SandboxRequest) (pid uint3
 		}
 		return err
 	})
-	if !h.Runtime.resident() && errdefs.IsNotImplemented(err) {
-		if r.SharePID {
-			return 0, fmt.Errorf("handler %q: its shim has no Sandbox API, so pods cannot share a PID namespace there: %w", h.Name, errdefs.ErrNotImplemented)
-		}
-		return 0, nil // a task shim: the sandbox is the shim process itself
-	}
-	if err != nil {
-		return 0, fmt.Errorf("start sandbox on handler %q: %w", h.Name, err)
-	}
-	return pid, nil
+	return pid, err
 }
 
 // StopSandbox ends the sandbox's own processes. An absent sandbox is success.
 func (h *Handler) StopSandbox(ctx context.Context, id, bundle string) error {
-	d, err := h.connection(ctx, id, bundle)
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	err = d.call(ctx, h.Runtime.resident(), func(ctx context.Context, c *conn) error {
+	stop := func(ctx context.Context, c *conn) error {
 		_, err := c.sandbox.StopSandbox(ctx, &sandboxapi.StopSandboxRequest{SandboxID: id, TimeoutSecs: 10})
 		return err
-	})
-	return ignoreAbsent(err, h)
+	}
+	if !h.Runtime.resident() {
+		if err := h.onExternal(ctx, id, bundle, stop); err != nil && !errdefs.IsNotFound(err) && !errdefs.IsNotImplemented(err) {
+			return err
+		}
+		if !h.runsRunc() {
+			return nil
+		}
+	}
+	return ignoreAbsent(h.client.container.call(ctx, true, stop))
 }
 
-// WaitSandbox blocks until the sandbox's holder has ended.
+// WaitSandbox blocks until the sandbox's holder has ended; on an external
+// shim without one, until the shim has.
 func (h *Handler) WaitSandbox(ctx context.Context, id, bundle string) error {
-	d, err := h.connection(ctx, id, bundle)
+	wait := func(ctx context.Context, c *conn) error {
+		_, err := c.sandbox.WaitSandbox(ctx, &sandboxapi.WaitSandboxRequest{SandboxID: id})
+		return err
+	}
+	if h.Runtime.resident() {
+		return h.client.container.call(ctx, true, wait)
+	}
+	err := h.onExternal(ctx, id, bundle, wait)
+	if errors.Is(err, errGone) {
+		return nil
+	}
+	if !errdefs.IsNotImplemented(err) {
+		return err
+	}
+	if h.runsRunc() {
+		if err := h.client.container.call(ctx, true, wait); !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	e, err := h.client.findExternal(id, bundle)
 	if err != nil {
 		return err
 	}
-	return d.call(ctx, true, func(ctx context.Context, c *conn) error {
-		_, err := c.sandbox.WaitSandbox(ctx, &sandboxapi.WaitSandboxRequest{SandboxID: id})
-		return err
-	})
+	return e.wait(ctx)
 }
 
 // ShutdownSandbox makes the shim forget the sandbox; an external shim ends.
 // An absent sandbox is success.
 func (h *Handler) ShutdownSandbox(ctx context.Context, id, bundle string) error {
 	if !h.Runtime.resident() {
-		return h.client.endExternal(ctx, h, id, bundle)
+		if err := h.client.endExternal(ctx, h, id, bundle); err != nil || !h.runsRunc() {
+			return err
+		}
 	}
-	err := h.client.container.call(ctx, true, func(ctx context.Context, c *conn) error {
+	return ignoreAbsent(h.client.container.call(ctx, true, func(ctx context.Context, c *conn) error {
 		_, err := c.sandbox.ShutdownSandbox(ctx, &sandboxapi.ShutdownSandboxRequest{SandboxID: id})
 		return err
-	})
-	return ignoreAbsent(err, h)
+	}))
 }
 
-func ignoreAbsent(err error, h *Handler) error {
-	if err == nil || errdefs.IsNotFound(err) || (!h.Runtime.resident() && (errdefs.IsNotImplemented(err) || errdefs.IsUnavailable(err))) {
+func ignoreAbsent(err error) error {
+	if errdefs.IsNotFound(err) {
 		return nil
 	}
 	return err
 }
 
-// open gives the connection for a new sandbox, starting an external shim.
-func (h *Handler) open(ctx context.Context, r SandboxRequest) (*dialer, error) {
-	if h.Runtime.resident() {
-		return &h.client.container.dialer, nil
+// onExternal calls the external shim of an existing sandbox. Every call that
+// goes there may be repeated: a connection breaks when the shim ends, and then
+// the repeat finds that out.
+func (h *Handler) onExternal(ctx context.Context, id, bundle string, f func(context.Context, *conn) error) error {
+	e, err := h.client.findExternal(id, bundle)
+	if err != nil {
+		return err
 	}
-	return h.client.startExternal(ctx, h, r)
+	return e.call(ctx, true, f)
 }
 
 // connection gives the connection for an existing sandbox.
-func (h *Handler) connection(ctx context.Context, sandboxID, bundle string) (*dialer, error) {
+func (h *Handler) connection(sandboxID, bundle string) (*dialer, error) {
 	if h.Runtime.resident() {
 		return &h.client.container.dialer, nil
 	}
-	return h.client.findExternal(ctx, sandboxID, bundle)
+	e, err := h.client.findExternal(sandboxID, bundle)
+	if err != nil {
+		return nil, err
+	}
+	return &e.dialer, nil
 }

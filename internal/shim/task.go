@@ -2,12 +2,10 @@ package shim
 
 import (
 	"context"
-	"fmt"
 	"syscall"
 	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
-	"github.com/containerd/errdefs"
 	"github.com/containerd/typeurl/v2"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -55,7 +53,7 @@ type State struct {
 }
 
 func (t Task) call(ctx context.Context, repeatable bool, f func(context.Context, *conn) error) error {
-	d, err := t.h.connection(ctx, t.SandboxID, t.SandboxBundle)
+	d, err := t.h.connection(t.SandboxID, t.SandboxBundle)
 	if err != nil {
 		return err
 	}
@@ -78,47 +76,33 @@ func (t Task) Start(ctx context.Context, r TaskRequest) (pid uint32, err error) 
 			BinaryName: rt.Binary, Root: rt.Root, SystemdCgroup: rt.SystemdCgroup, NoNewKeyring: rt.NoNewKeyring,
 			Log: log, Stdin: r.Stdin, StdinOnce: r.StdinOnce, RunOnStart: true, IoUid: r.IOUid, IoGid: r.IOGid})
 	} else {
-		err = t.openForeign(ctx, create, r, log)
+		err = t.prepareForeign(ctx, create, r, log)
 	}
-	if err != nil {
-		return 0, err
-	}
-	err = t.call(ctx, false, func(ctx context.Context, c *conn) error {
-		if _, err := c.task.Create(ctx, create); err != nil {
+	if err == nil {
+		err = t.call(ctx, false, func(ctx context.Context, c *conn) error {
+			if _, err := c.task.Create(ctx, create); err != nil {
+				return err
+			}
+			resp, err := c.task.Start(ctx, &taskapi.StartRequest{ID: t.ID})
+			if err == nil {
+				pid = resp.Pid
+			}
 			return err
-		}
-		resp, err := c.task.Start(ctx, &taskapi.StartRequest{ID: t.ID})
-		if err == nil {
-			pid = resp.Pid
-		}
-		return err
-	})
+		})
+	}
 	if err != nil {
-		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), repeatTime)
+		// The answer may be all that was lost, and the container run.
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTime)
 		defer cancel()
-		if e := t.Delete(clean); e != nil {
+		if e := t.Discard(clean); e != nil {
 			t.h.client.log.Warn("task left after a failed start", "container", t.ID, "err", e)
 		}
 		return 0, err
 	}
-	return pid, nil
-}
-
-// openForeign gives a third-party shim streams that the resident shim keeps.
-func (t Task) openForeign(ctx context.Context, create *taskapi.CreateTaskRequest, r TaskRequest, log *hostv1.Log) error {
-	if o := t.h.Runtime.foreignOptions(); o != nil {
-		var err error
-		if create.Options, err = typeurl.MarshalAnyToProto(o); err != nil {
-			return fmt.Errorf("encode the handler's options: %w", err)
-		}
+	if create.Stdin != "" && r.StdinOnce && !r.Terminal {
+		t.releaseStdin(ctx)
 	}
-	return t.host(ctx, true, func(ctx context.Context, c *conn) error {
-		resp, err := c.host.OpenIO(ctx, &hostv1.OpenIORequest{Id: t.ID, Log: log, Stdin: r.Stdin, StdinOnce: r.StdinOnce, Terminal: r.Terminal})
-		if err == nil {
-			create.Stdin, create.Stdout, create.Stderr = resp.Stdin, resp.Stdout, resp.Stderr
-		}
-		return err
-	})
+	return pid, nil
 }
 
 // Wait blocks until the container has ended. When its shim does not know it,
@@ -133,12 +117,11 @@ func (t Task) Wait(ctx context.Context) (Exit, error) {
 		e = Exit{Status: resp.ExitStatus, At: resp.ExitedAt.AsTime()}
 		return nil
 	})
+	if !t.h.Runtime.resident() {
+		return t.foreignExit(ctx, e, err)
+	}
 	if err != nil {
 		return Exit{}, err
-	}
-	if !t.h.Runtime.resident() {
-		e.OOM = e.Status != 0 && t.h.client.o.Events != nil && t.h.client.o.Events.takeOOM(t.ID)
-		return e, nil
 	}
 	s, err := t.State(ctx)
 	if err != nil {
@@ -149,21 +132,14 @@ func (t Task) Wait(ctx context.Context) (Exit, error) {
 
 // State asks the shim for the container; errdefs.ErrNotFound when it knows none.
 func (t Task) State(ctx context.Context) (State, error) {
-	var s State
-	if t.h.Runtime.resident() {
-		err := t.call(ctx, true, func(ctx context.Context, c *conn) error {
-			r, err := c.host.Inspect(ctx, &hostv1.InspectRequest{Id: t.ID})
-			if err == nil {
-				s = State{Pid: r.Pid, Exited: r.Exited, Exit: Exit{Status: r.ExitStatus, At: r.ExitedAt.AsTime(), OOM: r.OomKilled, Unknown: r.StatusUnknown}}
-			}
-			return err
-		})
-		return s, err
+	if !t.h.Runtime.resident() {
+		return t.foreignState(ctx)
 	}
-	err := t.call(ctx, false, func(ctx context.Context, c *conn) error {
-		r, err := c.task.State(ctx, &taskapi.StateRequest{ID: t.ID})
+	var s State
+	err := t.call(ctx, true, func(ctx context.Context, c *conn) error {
+		r, err := c.host.Inspect(ctx, &hostv1.InspectRequest{Id: t.ID})
 		if err == nil {
-			s = State{Pid: r.Pid, Exited: r.ExitedAt.IsValid() && r.ExitedAt.AsTime().Unix() > 0, Exit: Exit{Status: r.ExitStatus, At: r.ExitedAt.AsTime()}}
+			s = State{Pid: r.Pid, Exited: r.Exited, Exit: Exit{Status: r.ExitStatus, At: r.ExitedAt.AsTime(), OOM: r.OomKilled, Unknown: r.StatusUnknown}}
 		}
 		return err
 	})
@@ -173,34 +149,37 @@ func (t Task) State(ctx context.Context) (State, error) {
 // Kill signals the container's first process, or all. An ended container is
 // success.
 func (t Task) Kill(ctx context.Context, signal syscall.Signal, all bool) error {
-	err := t.call(ctx, t.h.Runtime.resident(), func(ctx context.Context, c *conn) error {
+	err := t.call(ctx, true, func(ctx context.Context, c *conn) error {
 		_, err := c.task.Kill(ctx, &taskapi.KillRequest{ID: t.ID, Signal: uint32(signal), All: all})
 		return err
 	})
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	return err
+	return ignoreAbsent(err)
 }
 
 // Delete takes the ended container off the shim. An absent one is success.
 func (t Task) Delete(ctx context.Context) error {
-	err := t.call(ctx, t.h.Runtime.resident(), func(ctx context.Context, c *conn) error {
+	if !t.h.Runtime.resident() {
+		return t.deleteForeign(ctx)
+	}
+	return ignoreAbsent(t.call(ctx, true, func(ctx context.Context, c *conn) error {
 		_, err := c.task.Delete(ctx, &taskapi.DeleteRequest{ID: t.ID})
 		return err
-	})
-	if !t.h.Runtime.resident() {
-		if e := t.host(ctx, true, func(ctx context.Context, c *conn) error {
-			_, err := c.host.CloseIO(ctx, &hostv1.CloseIORequest{Id: t.ID})
+	}))
+}
+
+// Discard takes the container off the shim whatever it is doing, killing it
+// when it runs. An absent one is success.
+func (t Task) Discard(ctx context.Context) error {
+	if err := t.Kill(ctx, syscall.SIGKILL, true); err == nil {
+		err := t.call(ctx, true, func(ctx context.Context, c *conn) error {
+			_, err := c.task.Wait(ctx, &taskapi.WaitRequest{ID: t.ID})
 			return err
-		}); e != nil && !errdefs.IsNotFound(e) {
-			return e
+		})
+		if ignoreAbsent(err) != nil {
+			return err
 		}
 	}
-	if errdefs.IsNotFound(err) {
-		return nil
-	}
-	return err
+	return t.Delete(ctx) // which tells whether it could not be killed
 }
 
 // Pids lists the container's processes.
@@ -223,7 +202,7 @@ func (t Task) Update(ctx context.Context, r *specs.LinuxResources) error {
 	if err != nil {
 		return err
 	}
-	return t.call(ctx, t.h.Runtime.resident(), func(ctx context.Context, c *conn) error {
+	return t.call(ctx, true, func(ctx context.Context, c *conn) error {
 		_, err := c.task.Update(ctx, &taskapi.UpdateTaskRequest{ID: t.ID, Resources: a})
 		return err
 	})

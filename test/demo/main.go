@@ -219,7 +219,7 @@ subnets = ["10.98.0.0/16"]
 		case <-tick.C:
 		case err := <-d.daemon.exited:
 			d.daemon.exited <- err
-			return fmt.Errorf("the daemon ended: %v", err)
+			return fmt.Errorf("the daemon ended: %w", err)
 		case <-limit:
 			return fmt.Errorf("the daemon does not answer within %s", stepTime)
 		case <-d.ctx.Done():

@@ -3,7 +3,6 @@ package integration
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -30,9 +29,9 @@ func gated(t *testing.T, s stage) *testnode.Node {
 	if err := replace(conf, string(data[:i])+", {\"type\": \"gate\"}"+string(data[i:])); err != nil {
 		t.Fatal(err)
 	}
+	// Status tells only that there is a configuration, the log which one.
 	eventually(t, 10*time.Second, "the new network configuration is in use", func() bool {
-		r, err := n.Runtime.Status(t.Context(), &cri.StatusRequest{Verbose: true})
-		return err == nil && strings.Contains(fmt.Sprint(r.Info), "gate")
+		return strings.Count(n.LogTail(100), "cni config loaded") > 1
 	})
 	return n
 }

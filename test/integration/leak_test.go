@@ -2,6 +2,7 @@ package integration
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"fmt"
 	"io/fs"
@@ -121,7 +122,7 @@ func fsck(t *testing.T, n *testnode.Node, args ...string) string {
 	args = append([]string{"--address", n.Socket, "debug", "fsck", "-o", "json"}, args...)
 	out, err := exec.CommandContext(ctx, filepath.Join(here.bin, "cloister"), args...).CombinedOutput()
 	text := strings.TrimSpace(string(out))
-	if err == nil && (text == "" || text == "[]" || text == "{}" || text == "null") {
+	if err == nil && !bytes.Contains(out, []byte(`"id"`)) {
 		return ""
 	}
 	if text == "" {

@@ -26,10 +26,11 @@ func shared(t *testing.T) *testnode.Node {
 	return here.node
 }
 
-// own is a daemon for this test alone.
+// own is a daemon for this test alone, which runs at the same time as others.
 func own(t *testing.T, opts testnode.Options) *testnode.Node {
 	t.Helper()
 	needRoot(t)
+	t.Parallel()
 	n, err := here.start(t.Context(), opts)
 	if err != nil {
 		t.Fatal(err)
@@ -345,4 +346,8 @@ func cgroupOf(t *testing.T, c *container, controller string) string {
 	}
 	t.Fatalf("container %s has no cgroup", c.id)
 	return ""
+}
+
+func limit(t *testing.T, d time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(t.Context(), d)
 }

@@ -152,6 +152,9 @@ func churn(t *testing.T, n *testnode.Node) {
 		if err != nil && status.Code(err) != codes.Unavailable {
 			t.Errorf("churn: %v", err)
 		}
+		if err != nil {
+			time.Sleep(5 * time.Millisecond) // the daemon is just not there
+		}
 		return err == nil
 	}
 	sb, err := n.Runtime.RunPodSandbox(ctx, &cri.RunPodSandboxRequest{Config: cfg})

@@ -77,6 +77,48 @@ func Cache() (string, error) {
 	return dir, os.MkdirAll(dir, 0o755)
 }
 
+// RuncShim builds containerd's shim for OCI runtimes, of the version that the
+// benchmark compares with, once.
+func RuncShim(ctx context.Context, checkout string) (string, error) {
+	cache, err := Cache()
+	if err != nil {
+		return "", err
+	}
+	const module = "github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2"
+	dir := filepath.Join(cache, "shim-v2.4.2")
+	program := filepath.Join(dir, "containerd-shim-runc-v2")
+	if _, err := os.Stat(program); err == nil {
+		return program, nil
+	}
+	fmt.Fprintln(os.Stderr, "building containerd-shim-runc-v2 v2.4.2 (once)")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	fresh := fmt.Sprintf("%s.%d", program, os.Getpid())
+	if err := GoBuild(ctx, filepath.Join(checkout, "test/bench/anchors"), []string{"CGO_ENABLED=0"}, "-trimpath", "-ldflags", "-s -w", "-o", fresh, module); err != nil {
+		return "", err
+	}
+	return program, os.Rename(fresh, program)
+}
+
+// Crictl builds crictl v1.36.0, once.
+func Crictl(ctx context.Context, checkout string) (string, error) {
+	cache, err := Cache()
+	if err != nil {
+		return "", err
+	}
+	program := filepath.Join(cache, "crictl-v1.36.0")
+	if _, err := os.Stat(program); err == nil {
+		return program, nil
+	}
+	fmt.Fprintln(os.Stderr, "building crictl v1.36.0 (once)")
+	fresh := fmt.Sprintf("%s.%d", program, os.Getpid())
+	if err := GoBuild(ctx, filepath.Join(checkout, "test/conformance/suite"), []string{"CGO_ENABLED=0"}, "-o", fresh, "sigs.k8s.io/cri-tools/cmd/crictl"); err != nil {
+		return "", err
+	}
+	return program, os.Rename(fresh, program)
+}
+
 // Need makes sure that a program (by name) or a file (by absolute path) is
 // there, installing the Debian package that has it when it is not.
 func Need(ctx context.Context, what, pkg, why string) error {

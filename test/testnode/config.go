@@ -48,6 +48,13 @@ runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{{$name}}.options]
 BinaryName = "{{$binary}}"
 {{end}}
+{{- range $name, $shim := .Shims}}
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{{$name}}]
+runtime_type = "io.containerd.runc.v2"
+runtime_path = "{{$shim}}"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{{$name}}.options]
+BinaryName = "runc"
+{{end}}
 [plugins."io.containerd.grpc.v1.cri"]
 stream_server_address = "127.0.0.1"
 stream_server_port = "0"
@@ -95,11 +102,11 @@ func (n *Node) configure() error {
 	var buf bytes.Buffer
 	err = configuration.Execute(&buf, struct {
 		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Subnet string
-		Handlers                                                                      map[string]string
+		Handlers, Shims                                                               map[string]string
 		Cloister                                                                      bool
 	}{
 		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, subnet,
-		handlers, n.opts.Runtime == Cloister,
+		handlers, n.opts.Shims, n.opts.Runtime == Cloister,
 	})
 	if err != nil {
 		return err

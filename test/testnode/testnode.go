@@ -43,6 +43,8 @@ type Options struct {
 	// Handlers are OCI runtimes by handler name. Empty lets Cloister find what
 	// the machine has; containerd then gets runc from PATH.
 	Handlers map[string]string
+	// Shims are external shims (runtime_path) that run runc, by handler name.
+	Shims map[string]string
 	// Default names the default handler; empty leaves the choice to Cloister.
 	Default string
 	// LogLevel of the daemon, by default info.

@@ -323,6 +323,25 @@ func awaitGone(ctx context.Context, pid int) error {
 	})
 }
 
+// sweep ends the processes of a place and removes its cgroups.
+func sweep(ctx context.Context, place string) error {
+	pids, err := pidsOf(place)
+	for _, pid := range pids {
+		_ = unix.Kill(pid, unix.SIGKILL) // it may just have ended
+		err = errors.Join(err, awaitGone(ctx, pid))
+	}
+	for controller := range placePaths(place) {
+		dir := cgroupDir(place, controller)
+		if dir == "" {
+			continue
+		}
+		if rerr := unix.Rmdir(dir); rerr != nil && !errors.Is(rerr, unix.ENOENT) {
+			err = errors.Join(err, fmt.Errorf("remove cgroup %s: %w", dir, rerr))
+		}
+	}
+	return err
+}
+
 // oomKilled tells whether the kernel killed in a place for want of memory.
 func oomKilled(place string) bool {
 	for controller, file := range map[string]string{"": "memory.events", "memory": "memory.oom_control"} {

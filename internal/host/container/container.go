@@ -224,6 +224,9 @@ func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
 		if _, serr := os.Stat(state); err != nil && errors.Is(serr, os.ErrNotExist) {
 			err = nil
 		}
+	} else {
+		// Nothing was there to delete, or the runtime died before it noted it.
+		err = sweep(ctx, placeOfSpec(t))
 	}
 	return errors.Join(err, unmountRootfs(t))
 }

@@ -36,9 +36,12 @@ var binaries = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for _, pkg := range []string{"cloister.dev/cmd/cloister-shim", "cloister.dev/internal/host/hosttest/testprog"} {
-		cmd := exec.Command("go", "build", "-tags", "no_grpc", "-o", dir, pkg)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	for pkg, flags := range map[string][]string{"cloister.dev/cmd/cloister-shim": raceFlags, "cloister.dev/internal/host/hosttest/testprog": nil} {
+		args := append([]string{"build", "-tags", "no_grpc", "-o", dir}, flags...)
+		cmd := exec.Command("go", append(args, pkg)...)
+		if len(flags) == 0 { // static, for there is nothing in the container
+			cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		}
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return "", fmt.Errorf("build %s: %w\n%s", pkg, err, out)
 		}
@@ -167,6 +170,9 @@ func (s *Shim) KillAll() {
 }
 
 func (s *Shim) end() {
+	if strings.Contains(s.Log(), "DATA RACE") {
+		s.t.Errorf("data race in the shim:\n%s", s.Log())
+	}
 	if s.t.Failed() {
 		s.t.Logf("log of the shim:\n%s", s.Log())
 	}

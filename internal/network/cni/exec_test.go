@@ -71,31 +71,37 @@ func TestProgram(t *testing.T) {
 				t.Errorf("%s: environment lacks %s", cmd, want)
 			}
 		}
-		data, err := os.ReadFile(filepath.Join(dir, "stdin."+cmd))
-		if err != nil {
-			t.Fatal(err)
+		checkStdin(t, cmd, filepath.Join(dir, "stdin."+cmd))
+	}
+}
+
+// checkStdin looks at the configuration that the program was given.
+func checkStdin(t *testing.T, cmd, path string) {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var conf struct {
+		Runtime map[string]json.RawMessage `json:"runtimeConfig"`
+		Prev    json.RawMessage            `json:"prevResult"`
+	}
+	if err := json.Unmarshal(data, &conf); err != nil {
+		t.Fatal(err)
+	}
+	for key, want := range map[string]string{
+		"portMappings":                      `[{"containerPort":80,"hostIP":"127.0.0.1","hostPort":8080,"protocol":"tcp"}]`,
+		"bandwidth":                         `{"egressBurst":0,"egressRate":0,"ingressBurst":4294967295,"ingressRate":1000}`,
+		"dns":                               `{"options":null,"searches":null,"servers":["9.9.9.9"]}`,
+		"cgroupPath":                        `"/kubepods/x"`,
+		"io.kubernetes.cri.pod-annotations": `{"a":"b"}`,
+	} {
+		if got := canonical(t, conf.Runtime[key]); got != want {
+			t.Errorf("%s: %s is %s, want %s", cmd, key, got, want)
 		}
-		var conf struct {
-			Runtime map[string]json.RawMessage `json:"runtimeConfig"`
-			Prev    json.RawMessage            `json:"prevResult"`
-		}
-		if err := json.Unmarshal(data, &conf); err != nil {
-			t.Fatal(err)
-		}
-		for key, want := range map[string]string{
-			"portMappings":                      `[{"containerPort":80,"hostIP":"127.0.0.1","hostPort":8080,"protocol":"tcp"}]`,
-			"bandwidth":                         `{"egressBurst":0,"egressRate":0,"ingressBurst":4294967295,"ingressRate":1000}`,
-			"dns":                               `{"options":null,"searches":null,"servers":["9.9.9.9"]}`,
-			"cgroupPath":                        `"/kubepods/x"`,
-			"io.kubernetes.cri.pod-annotations": `{"a":"b"}`,
-		} {
-			if got := canonical(t, conf.Runtime[key]); got != want {
-				t.Errorf("%s: %s is %s, want %s", cmd, key, got, want)
-			}
-		}
-		if (cmd == "DEL") != (conf.Prev != nil) {
-			t.Errorf("%s: prevResult %s", cmd, conf.Prev)
-		}
+	}
+	if (cmd == "DEL") != (conf.Prev != nil) {
+		t.Errorf("%s: prevResult %s", cmd, conf.Prev)
 	}
 }
 
