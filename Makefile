@@ -16,7 +16,7 @@ PROTOC_GEN_TTRPC  := v1.2.10
 # What the tests start; they build their own without it.
 export CLOISTER_BIN := $(CURDIR)/bin
 
-.PHONY: all build demo test unit conformance lint bench fault e2e fuzz generate install clean help
+.PHONY: all build demo test unit integration conformance lint bench fault e2e fuzz generate install clean help
 
 all: build
 
@@ -32,12 +32,17 @@ demo: ## a pod from an image to its removal, on a private daemon, with times
 
 test: ## everything that has to pass: unit, integration (as root), conformance
 	@test/setup oci cgo iptables
-	$(MAKE) build unit demo conformance
+	$(MAKE) build lint unit integration demo conformance
 
 unit: build
 	$(GO) vet ./...
 	$(GO) test -race -timeout 20m ./...
 	cd test/registry && $(GO) vet ./... && $(GO) test -race ./...
+
+integration: build ## a real daemon, as root: bad input, restarts, streams, external shims
+	@test/setup oci
+	test/integration/run
+	test/external/run
 
 conformance: build ## the public CRI validation suite, offline, against a private daemon
 	test/conformance/run

@@ -31,6 +31,7 @@ type options struct {
 	state string
 	level slog.Level
 	force bool
+	adopt int
 	log   *slog.Logger
 }
 
@@ -76,6 +77,9 @@ func parse(name string, args []string, stderr io.Writer) (o options, err error) 
 	fs.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 	if name == "stop" {
 		fs.BoolVar(&o.force, "force", false, "end the shim although tasks are left; they run on")
+	}
+	if name == "keep" {
+		fs.IntVar(&o.adopt, "adopt", 0, "take over the serving process of this pid, which says so itself when its keeper has died")
 	}
 	if err := fs.Parse(args); err != nil {
 		return o, err

@@ -2,11 +2,14 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"runtime/debug"
+	"strconv"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,6 +29,11 @@ func serve(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
+	lock, err := lockServing(ctx, o.state)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
 	reaper, err := proc.NewReaper(o.log, filepath.Join(o.state, "exits.serve"), keeper.Journal(o.state), keeper.Journal(o.state)+".old")
 	if err != nil {
 		return err
@@ -37,6 +45,10 @@ func serve(ctx context.Context, o options) error {
 	defer stop()
 	reaping.Go(func() { reaper.Run(rctx) })
 
+	if store != nil {
+		g := guard{options: o, ctx: ctx, reaper: reaper, store: store}
+		g.watchParent()
+	}
 	h, err := host.New(ctx, host.Config{Dir: o.state, Version: version(), Log: o.log, Store: store, Held: held,
 		Backend: container.New(o.state, reaper, o.log)})
 	if err != nil {
@@ -48,9 +60,8 @@ func serve(ctx context.Context, o options) error {
 	}
 	o.log.Info("serving", "socket", host.Socket(o.state), "pid", os.Getpid(), "version", version())
 	err = h.Serve(ctx, l)
-	if ctx.Err() != nil {
-		store.Quit()
-	}
+	// Whoever asked this process to end does not want another one.
+	store.Quit()
 	h.Shutdown()
 	o.log.Info("no longer serving; tasks run on")
 	return err
@@ -63,4 +74,78 @@ func connect(o options) (*keeper.Store, map[string]*os.File, error) {
 		return nil, nil, nil
 	}
 	return keeper.Connect(keeper.SocketFD, o.log)
+}
+
+// lockTime is how long a killed predecessor may take to be gone.
+const lockTime = 5 * time.Second
+
+// lockServing makes sure that one process alone serves a state folder.
+func lockServing(ctx context.Context, dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "serve.lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("open the server's lock: %w", err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, lockTime)
+	defer cancel()
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			f.Close()
+			return nil, fmt.Errorf("lock %s: %w", f.Name(), err)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("another process serves %s", dir)
+		case <-time.After(5 * time.Millisecond): // a lock cannot be waited for with a deadline
+		}
+	}
+}
+
+// guard starts a new keeper whenever the keeper dies, and hands it what the
+// old one held.
+type guard struct {
+	options
+	ctx    context.Context // ends with serving
+	reaper *proc.Reaper
+	store  *keeper.Store
+}
+
+func (g *guard) watchParent() {
+	pid := os.Getppid()
+	st, err := proc.ReadStat(pid)
+	if err != nil {
+		g.log.Warn("keeper cannot be watched", "pid", pid, "err", err)
+		return
+	}
+	if pidfd := g.reaper.Resume(pid, st.Start, nil, g.keeperDied); pidfd != nil {
+		pidfd.Close()
+	}
+}
+
+// keeperDied is called from the reaping loop, which must go on meanwhile.
+func (g *guard) keeperDied(proc.Exit) {
+	if g.ctx.Err() != nil {
+		return
+	}
+	go func() {
+		g.log.Error("the keeper died; starting another one")
+		if err := g.store.Replace(g.start); err != nil {
+			g.log.Error("no new keeper: the end of this process may lose output and exits", "err", err)
+		}
+	}()
+}
+
+func (g *guard) start(socket *os.File) error {
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	args := []string{self, "keep", "--state", g.state, "--log-level", g.level.String(), "--adopt", strconv.Itoa(os.Getpid())}
+	_, err = g.reaper.Start(proc.Command{Path: self, Args: args, Env: os.Environ(), Dir: "/",
+		Files: [3]*os.File{nil, os.Stdout, os.Stderr}, Extra: []*os.File{socket}}, g.keeperDied)
+	return err
 }

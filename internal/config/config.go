@@ -141,7 +141,7 @@ type Runtime struct {
 	// CDISpecDirs are the folders with CDI specifications, the later overriding.
 	CDISpecDirs []string `toml:"cdi_spec_dirs"`
 	// DrainExecSyncIOTimeout is how long ExecSync waits for the end of output
-	// after the command has ended; 0 waits for ever.
+	// after the command has ended, which a child of it may hold open; 0 waits 10s.
 	DrainExecSyncIOTimeout Duration `toml:"drain_exec_sync_io_timeout"`
 	// StatsCollectPeriod is the time between two readings of CPU statistics.
 	StatsCollectPeriod Duration `toml:"stats_collect_period"`

@@ -18,11 +18,8 @@ import (
 
 // StartContainer runs a created container.
 func (s *Service) StartContainer(ctx context.Context, id string) error {
-	c, err := s.index.container(id)
+	c, err := s.lockedContainer(ctx, id)
 	if err != nil {
-		return err
-	}
-	if err := c.op.lock(ctx); err != nil {
 		return err
 	}
 	defer c.op.unlock()
@@ -44,6 +41,15 @@ func (s *Service) StartContainer(ctx context.Context, id string) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), createTime)
 	defer cancel()
 	return s.startContainer(ctx, sb, c)
+}
+
+// lockedContainer finds a container and takes its operation lock.
+func (s *Service) lockedContainer(ctx context.Context, id string) (*container, error) {
+	c, err := s.index.container(id)
+	if err != nil {
+		return nil, err
+	}
+	return c, c.op.lock(ctx)
 }
 
 func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container) error {

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -24,8 +25,9 @@ import (
 )
 
 const (
-	// execSyncMax is how much of each stream of an ExecSync is kept, in bytes.
-	execSyncMax = 16 << 20
+	// execSyncMax is how much output of an ExecSync is kept, in bytes of both
+	// streams: with the message around it, kubelet's client takes 16 MiB.
+	execSyncMax = 16<<20 - 4096
 	// drainTime bounds the wait for output after an exec'd process ended: a
 	// child of it may hold the stream open for ever.
 	drainTime = 10 * time.Second
@@ -101,8 +103,8 @@ func (st *started) finish(ctx context.Context) {
 	}
 }
 
-// ExecSync runs cmd in the container and gives its output, at most 16 MiB of
-// each stream. When the timeout (0: none) ends first, the process is killed.
+// ExecSync runs cmd in the container and gives its output, of which what is
+// beyond 16 MiB is dropped. When the timeout (0: none) ends first, the process is killed.
 func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout time.Duration) (*runtimeapi.ExecSyncResponse, error) {
 	c, err := s.runningContainer(id)
 	if err != nil {
@@ -118,7 +120,9 @@ func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout
 		return nil, err
 	}
 	defer st.finish(ctx)
-	stdout, stderr := &limited{max: execSyncMax}, &limited{max: execSyncMax}
+	var room atomic.Int64
+	room.Store(execSyncMax)
+	stdout, stderr := &limited{room: &room}, &limited{room: &room}
 	exit, err := s.runToEnd(ctx, st, stdout, stderr)
 	if err != nil {
 		if errors.Is(err, context.DeadlineExceeded) && timeout > 0 {

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -23,8 +25,11 @@ type fifos struct {
 }
 
 func newFifos(dir string, in, out, errs bool) (*fifos, error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make the folder of the streams: %w", err)
+	// Not the bundle around them: it may just have been removed.
+	for _, d := range []string{filepath.Dir(dir), dir} {
+		if err := os.Mkdir(d, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, fmt.Errorf("make the folder of the streams: %w", err)
+		}
 	}
 	f := &fifos{dir: dir}
 	if err := f.make(in, out, errs); err != nil {
@@ -135,14 +140,16 @@ func (f *fifos) copyOut(ctx context.Context, out, errs io.Writer) error {
 	return errors.Join(problems[0], problems[1], ctx.Err())
 }
 
-// limited keeps the first max bytes and drops the rest.
+// limited keeps the first bytes while there is room, which it shares with
+// others, and drops the rest.
 type limited struct {
 	data []byte
-	max  int
+	room *atomic.Int64
 }
 
 func (l *limited) Write(p []byte) (int, error) {
-	keep := min(len(p), l.max-len(l.data))
+	missing := max(0, -l.room.Add(-int64(len(p))))
+	keep := max(0, int64(len(p))-missing)
 	l.data = append(l.data, p[:keep]...)
 	return len(p), nil
 }

@@ -223,4 +223,8 @@ func TestStreamsThatCannotBeMade(t *testing.T) {
 	if _, err := os.Stat(dir); !os.IsNotExist(err) {
 		t.Errorf("the others were left: %v", err)
 	}
+	removed := filepath.Join(t.TempDir(), "bundle")
+	if f, err := newFifos(filepath.Join(removed, "exec", "1"), true, true, true); !os.IsNotExist(errors.Unwrap(err)) || f != nil {
+		t.Errorf("in a removed bundle: %v, %v", f, err)
+	}
 }

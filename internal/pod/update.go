@@ -18,11 +18,8 @@ import (
 // UpdateResources changes the resources of a created or running container.
 // Fields that are zero stay as they are.
 func (s *Service) UpdateResources(ctx context.Context, id string, r *runtimeapi.LinuxContainerResources, annotations map[string]string) error {
-	c, err := s.index.container(id)
+	c, err := s.lockedContainer(ctx, id)
 	if err != nil {
-		return err
-	}
-	if err := c.op.lock(ctx); err != nil {
 		return err
 	}
 	defer c.op.unlock()

@@ -260,21 +260,29 @@ func testOOM(t *testing.T, m machine) {
 	}
 }
 
-func testSharedPID(t *testing.T, m machine) {
-	cfg := m.podConfig("shared-pid")
-	cfg.Linux.SecurityContext = &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_POD}}
+// sharePID runs a pod whose containers share a PID namespace.
+func sharePID(t *testing.T, m machine, name string) pod {
+	t.Helper()
+	cfg := m.podConfig(name)
+	cfg.Linux.SecurityContext.NamespaceOptions.Pid = cri.NamespaceMode_POD
 	p, err := m.run(t.Context(), cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return p
+}
+
+// shared is a container in the pod's PID namespace.
+func shared(c *cri.ContainerConfig) *cri.ContainerConfig {
+	c.Linux.SecurityContext.NamespaceOptions.Pid = cri.NamespaceMode_POD
+	return c
+}
+
+func testSharedPID(t *testing.T, m machine) {
+	p := sharePID(t, m, "shared-pid")
 	defer p.mustRemove(t)
-	shared := func(name, text string) string {
-		c := script(name, text)
-		c.Linux.SecurityContext = &cri.LinuxContainerSecurityContext{NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_POD}}
-		return p.mustStart(t, c)
-	}
-	shared("a", "sleep 4711")
-	b := shared("b", "sleep 1000")
+	p.mustStart(t, shared(script("a", "sleep 4711")))
+	b := p.mustStart(t, shared(script("b", "sleep 1000")))
 	until(t, "one container sees the other's processes", func() bool {
 		return strings.Contains(string(m.execSync(t, b, "ps").Stdout), "sleep 4711")
 	})
@@ -409,18 +417,23 @@ func killShim(t *testing.T, m machine, p pod) {
 }
 
 func testShimKilled(t *testing.T, m machine) {
-	p, other := m.mustRun(t, "killed"), m.mustRun(t, "not-killed")
+	p, sharing, other := m.mustRun(t, "killed"), sharePID(t, m, "killed-sharing"), m.mustRun(t, "not-killed")
 	defer p.mustRemove(t)
+	defer sharing.mustRemove(t)
 	defer other.mustRemove(t)
-	id := p.mustStart(t, script("c", "echo ready; sleep 4712"))
+	id := p.mustStart(t, script("c", "echo ready; sleep 4712; echo end"))
+	sharer := sharing.mustStart(t, shared(script("c", "echo ready; sleep 4712; echo end")))
 	bystander := other.mustStart(t, script("c", "sleep 1000"))
 	logged(t, p.log("c"), "ready")
+	logged(t, sharing.log("c"), "ready")
 	killShim(t, m, p)
-	st := m.ended(t, id)
-	if st.Reason != "Unknown" || st.ExitCode == 0 {
-		t.Errorf("a container whose shim was killed is %v", st)
+	killShim(t, m, sharing)
+	for _, id := range []string{id, sharer} {
+		if st := m.ended(t, id); st.Reason != "Unknown" || st.ExitCode == 0 {
+			t.Errorf("a container whose shim was killed is %v", st)
+		}
 	}
-	until(t, "the container does not run on", func() bool { return !runs("sleep\x004712") })
+	until(t, "the containers do not run on", func() bool { return !runs("sleep\x004712") })
 	if st := m.status(t, bystander); st.State != cri.ContainerState_CONTAINER_RUNNING {
 		t.Errorf("the container of another pod is %v", st)
 	}

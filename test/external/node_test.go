@@ -102,7 +102,8 @@ func (m machine) podConfig(name string) *cri.PodSandboxConfig {
 	return &cri.PodSandboxConfig{
 		Metadata:     &cri.PodSandboxMetadata{Name: name, Uid: name, Namespace: "external"},
 		LogDirectory: filepath.Join(m.Dir, "logs", name),
-		Linux:        &cri.LinuxPodSandboxConfig{CgroupParent: m.cgroup()},
+		Linux: &cri.LinuxPodSandboxConfig{CgroupParent: m.cgroup(),
+			SecurityContext: &cri.LinuxSandboxSecurityContext{NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER}}},
 	}
 }
 
@@ -129,7 +130,8 @@ func (p pod) log(name string) string { return filepath.Join(p.cfg.LogDirectory, 
 // script is a container that runs a shell script.
 func script(name, text string) *cri.ContainerConfig {
 	return &cri.ContainerConfig{Metadata: &cri.ContainerMetadata{Name: name}, Image: &cri.ImageSpec{Image: image},
-		Command: []string{"sh", "-c", text}, LogPath: name + ".log", Linux: &cri.LinuxContainerConfig{}}
+		Command: []string{"sh", "-c", text}, LogPath: name + ".log", Linux: &cri.LinuxContainerConfig{
+			SecurityContext: &cri.LinuxContainerSecurityContext{NamespaceOptions: &cri.NamespaceOption{Pid: cri.NamespaceMode_CONTAINER}}}}
 }
 
 // start runs a container.

@@ -3,6 +3,7 @@ package integration
 import (
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -220,8 +221,7 @@ func TestFullDisk(t *testing.T) {
 	} else {
 		wantError(t, err, codes.ResourceExhausted, "no space left")
 	}
-	_, err = p.tryCreate(t.Context(), containerConfig(busybox, []string{"true"}))
-	wantError(t, err, codes.ResourceExhausted, "no space left")
+	wantError(t, createUntilRefused(t, p), codes.ResourceExhausted, "no space left")
 	if out := running.run("echo alive"); out != "alive" {
 		t.Errorf("exec on a full disk says %q", out)
 	}
@@ -242,6 +242,22 @@ func TestFullDisk(t *testing.T) {
 	}
 	running.remove()
 	check()
+}
+
+// createUntilRefused makes containers with long records: databases have some
+// room of their own.
+func createUntilRefused(t *testing.T, p *pod) error {
+	t.Helper()
+	for range 100 {
+		c, err := p.tryCreate(t.Context(), containerConfig(busybox, []string{"true"}, func(c *cri.ContainerConfig) {
+			c.Annotations = map[string]string{"long": strings.Repeat("x", 100_000)}
+		}))
+		if err != nil {
+			return err
+		}
+		defer c.remove()
+	}
+	return nil
 }
 
 func room(t *testing.T, dir string) uint64 {

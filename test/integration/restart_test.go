@@ -234,3 +234,50 @@ func TestFsckRepairsOrphans(t *testing.T) {
 		t.Errorf("exec after the repair says %q", out)
 	}
 }
+
+// The daemon dies while the runtime makes a container: afterwards the
+// container has either started or can be.
+func TestRestartDuringStartContainer(t *testing.T) {
+	s := newStage(t)
+	n := own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "stage": filepath.Join(s.dir, "oci")}, Default: "runc"})
+	witness(t, n)
+	check := noLeak(t, n)
+	p := runHandlerPod(t, n, "stage")
+	for name, end := range map[string]func(context.Context) error{"SIGTERM": n.Stop, "SIGKILL": n.Kill} {
+		s.mode("hold")
+		c := p.create(busybox, []string{"sh", "-c", trapping})
+		runs := s.called("run")
+		lost := make(chan error, 1)
+		go func() { lost <- c.tryStart() }()
+		eventually(t, 10*time.Second, "the runtime is called", func() bool { return s.called("run") > runs })
+		ended := make(chan error, 1)
+		go func() { ended <- end(t.Context()) }()
+		if name == "SIGTERM" {
+			s.mode("pass") // a clean end may wait for it
+		}
+		if err := <-ended; err != nil {
+			t.Fatal(err)
+		}
+		<-lost
+		s.mode("pass")
+		if err := n.Run(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if st := c.status(); st.State == cri.ContainerState_CONTAINER_CREATED {
+			if err := c.tryStart(); err != nil {
+				t.Errorf("%s: start again: %v", name, err)
+			}
+		}
+		c.waitLog("ready")
+		c.stop(5)
+		if st := c.status(); st.ExitCode != 40 {
+			t.Errorf("%s: exit code %d, not 40", name, st.ExitCode)
+		}
+		c.remove()
+	}
+	p.remove()
+	if found := fsck(t, n); found != "" {
+		t.Errorf("fsck finds %s", found)
+	}
+	check()
+}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync/atomic"
 	"text/template"
 )
 
@@ -139,15 +140,20 @@ func (n *Node) conflist(subnet string) []byte {
 	return b
 }
 
+// nodes counts the nodes of this process, which must not choose the same range:
+// a bridge is made with the first pod.
+var nodes atomic.Int32
+
 // freeSubnet finds a range that no interface of the machine lies in.
 func freeSubnet() (string, error) {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
 		return "", err
 	}
-	for i := range 100 {
-		second := 100 + (os.Getpid()+i)%100
-		subnet := &net.IPNet{IP: net.IPv4(10, byte(second), 0, 0).To4(), Mask: net.CIDRMask(16, 32)}
+	const ranges = 100 * 16 // 10.100.0.0/20 to 10.199.240.0/20
+	for range ranges {
+		i := (os.Getpid()*16 + int(nodes.Add(1))) % ranges
+		subnet := &net.IPNet{IP: net.IPv4(10, byte(100+i/16), byte(i%16*16), 0).To4(), Mask: net.CIDRMask(20, 32)}
 		taken := false
 		for _, a := range addrs {
 			if other, ok := a.(*net.IPNet); ok && (subnet.Contains(other.IP) || other.Contains(subnet.IP)) {
@@ -158,5 +164,5 @@ func freeSubnet() (string, error) {
 			return subnet.String(), nil
 		}
 	}
-	return "", fmt.Errorf("no free range in 10.100.0.0 to 10.199.0.0")
+	return "", fmt.Errorf("no free range in 10.100.0.0 to 10.199.255.255")
 }

@@ -32,9 +32,13 @@ func (b *Backend) Find(ctx context.Context, t *host.TaskSpec, exited func(proc.E
 			st.Pidfd = b.reaper.Resume(pid, s.Start, nil, exited)
 			return st, true, nil
 		}
-		// It came into being and has ended: nobody knows when it began, so
-		// journals cannot be asked.
-		exited(proc.UnknownExit())
+		// It came into being and has ended. Nobody knows when it began, but
+		// the journals' last process of this pid can only be it.
+		exit, ok := b.reaper.Recorded(pid, 0)
+		if !ok {
+			exit = proc.UnknownExit()
+		}
+		exited(exit)
 		return st, true, nil
 	}
 	return st, false, b.Delete(ctx, t)

@@ -38,6 +38,7 @@ func Suite(t *testing.T, runtime string) {
 	t.Run("KillServer", s.sub(testKillServer))
 	t.Run("KillServerDuringStarts", s.sub(testKillServerDuringStarts))
 	t.Run("KillAll", s.sub(testKillAll))
+	t.Run("KillKeeper", s.sub(testKillKeeper))
 }
 
 // sub runs f with failures going to the subtest.

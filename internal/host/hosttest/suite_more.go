@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -314,4 +315,39 @@ func testKillAll(s *Shim) {
 	}
 	s.CheckLines("ka", lines)
 	s.Remove("ka")
+}
+
+// testKillKeeper kills the keeper alone; the server gets itself another one,
+// which holds what the first one held.
+func testKillKeeper(s *Shim) {
+	s.Run(Container{ID: "kk", Args: []string{"lines", "3000", "300", "22"}, Options: onStart})
+	for range 3 {
+		old := s.keeperPid()
+		if err := syscall.Kill(old, syscall.SIGKILL); err != nil {
+			s.t.Fatal(err)
+		}
+		s.await("a new keeper", func() bool { return s.keeperPid() != old && s.keeperPid() != 0 })
+		s.await("its files", func() bool {
+			fds, _ := os.ReadDir(fmt.Sprintf("/proc/%d/fd", s.keeperPid()))
+			pipes := 0
+			for _, fd := range fds {
+				if strings.HasSuffix(readlink(fmt.Sprintf("/proc/%d/fd/%s", s.keeperPid(), fd.Name())), "/tasks/kk/stdout") {
+					pipes++
+				}
+			}
+			return pipes == 1
+		})
+	}
+	s.KillServer()
+	if r := s.Wait("kk"); r.ExitStatus != 22 || r.StatusUnknown {
+		s.t.Errorf("%v", r)
+	}
+	s.CheckLines("kk", 3000)
+	s.Remove("kk")
+}
+
+func (s *Shim) keeperPid() int {
+	b, _ := os.ReadFile(filepath.Join(s.Dir, "keeper.lock"))
+	pid, _ := strconv.Atoi(string(b))
+	return pid
 }

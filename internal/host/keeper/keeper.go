@@ -37,7 +37,10 @@ var ErrRunning = errors.New("another keeper is running")
 type Options struct {
 	Dir  string
 	Args []string // of the serving process, with the program's path first
-	Log  *slog.Logger
+	// Adopt is the pid of a serving process that lost its keeper and started
+	// this one; SocketFD connects them. 0: start one.
+	Adopt int
+	Log   *slog.Logger
 }
 
 type keeper struct {
@@ -112,7 +115,7 @@ func (k *keeper) loop(ctx context.Context) error {
 	var backoff time.Duration
 	for {
 		began := time.Now()
-		ended, err := k.serve()
+		ended, err := k.begin()
 		if err != nil {
 			k.Log.Error("serving process not started", "err", err)
 		} else {
@@ -217,6 +220,20 @@ func (k *keeper) turn() {
 	}
 	k.journal.Close()
 	k.journal = f
+}
+
+// begin gives the keeper a serving process: its own, or the first time the
+// one that it shall adopt.
+func (k *keeper) begin() (ended <-chan struct{}, err error) {
+	if k.Adopt == 0 {
+		return k.serve()
+	}
+	k.server, k.Adopt = k.Adopt, 0
+	unix.CloseOnExec(SocketFD)
+	k.Log.Info("serving process adopted", "pid", k.server)
+	c := make(chan struct{})
+	go k.receive(SocketFD, c)
+	return c, nil
 }
 
 // serve starts the serving process and gives it the files. ended is closed

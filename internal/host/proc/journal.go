@@ -21,10 +21,10 @@ func AppendRecord(f *os.File, r Record) error {
 	return err
 }
 
-// FindRecord looks for the end of a process in the exit journal at path. A
-// journal that does not exist, or a torn last line, is no error: it holds
+// FindRecord looks for the end of a process in the exit journal at path; with
+// start 0, for the last process of that pid. A journal that does not exist, or a torn last line, is no error: it holds
 // nothing.
-func FindRecord(path string, pid int, start uint64) (Exit, bool) {
+func FindRecord(path string, pid int, start uint64) (found Exit, ok bool) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return Exit{}, false
@@ -33,9 +33,9 @@ func FindRecord(path string, pid int, start uint64) (Exit, bool) {
 	for sc.Scan() {
 		var r Record
 		var ns int64
-		if n, _ := fmt.Sscanf(sc.Text(), "%d %d %d %d", &r.Pid, &r.Start, &r.Exit.Status, &ns); n == 4 && r.Pid == pid && r.Start == start {
-			return Exit{Status: r.Exit.Status, At: time.Unix(0, ns)}, true
+		if n, _ := fmt.Sscanf(sc.Text(), "%d %d %d %d", &r.Pid, &r.Start, &r.Exit.Status, &ns); n == 4 && r.Pid == pid && (start == 0 || r.Start == start) {
+			found, ok = Exit{Status: r.Exit.Status, At: time.Unix(0, ns)}, true
 		}
 	}
-	return Exit{}, false
+	return found, ok
 }

@@ -254,11 +254,14 @@ func (s *Stream) step(pipe int, end ending) outcome {
 		s.Out.Write(s.Name, text[s.seen:])
 		s.seen = len(text)
 	}
-	if full && end == more {
-		end = forced
+	if full {
+		end = forced // whatever the end, there may be more behind this
 	}
 	if !fresh && end == more && hungUp(pipe) {
-		end = last
+		// Look again: something may have come just before the hang-up, and
+		// nothing can come after it.
+		s.Buffers.put(b)
+		return s.step(pipe, last)
 	}
 	used, err := s.write(b, text, pipe, end)
 	s.Buffers.put(b)
