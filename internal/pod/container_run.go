@@ -59,6 +59,7 @@ func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container)
 		}
 	}
 	cfg := c.record().Config
+	started := time.Now() // before the process, so that its end is never before its start
 	pid, err := c.task(s).Start(ctx, shim.TaskRequest{
 		Bundle: c.record().Bundle, Terminal: cfg.Tty, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,
 		LogPath: c.record().LogPath, LogMaxLine: s.o.LogMaxLine,
@@ -67,7 +68,7 @@ func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container)
 	if err != nil {
 		return errors.Join(fmt.Errorf("start container %q: %w", cfg.Metadata.Name, err), s.noteFailedStart(c, err))
 	}
-	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase, r.Pid, r.StartedAt = running, pid, time.Now() }); err != nil {
+	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase, r.Pid, r.StartedAt = running, pid, started }); err != nil {
 		// Nobody would watch a container that runs and counts as created.
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), shimTime)
 		defer cancel()

@@ -54,7 +54,7 @@ func testContainer(t *testing.T, m machine) {
 	p := m.mustRun(t, "container")
 	defer p.mustRemove(t)
 	id := p.mustStart(t, script("c", "echo out; echo err >&2; head -c 40000 /dev/zero | tr '\\0' x; echo; exit 42"))
-	if st := m.ended(t, id); st.ExitCode != 42 || st.Reason != "Error" || st.FinishedAt < st.StartedAt {
+	if st := m.ended(t, id); st.ExitCode != 42 || st.Reason != "Error" || st.FinishedAt == 0 {
 		t.Errorf("a container that exits with 42 is %v", st)
 	}
 	logged(t, p.log("c"), "out")

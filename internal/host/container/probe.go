@@ -222,7 +222,8 @@ func (m micro) bundle(dir, id, version string, systemd bool) error {
 		Process: &specs.Process{Args: []string{"/probe"}, Cwd: "/", Env: []string{"PATH=/"}},
 		Mounts:  []specs.Mount{{Destination: "/proc", Type: "proc", Source: "proc"}, {Destination: "/dev", Type: "tmpfs", Source: "tmpfs"}},
 		Linux: &specs.Linux{CgroupsPath: cgroup, Namespaces: []specs.LinuxNamespace{
-			{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace}}},
+			{Type: specs.PIDNamespace}, {Type: specs.MountNamespace}, {Type: specs.IPCNamespace}, {Type: specs.UTSNamespace},
+			{Type: specs.NetworkNamespace}}}, // runsc refuses that of the node
 	}
 	if m.shape != nil {
 		if err := m.shape(s, dir); err != nil {

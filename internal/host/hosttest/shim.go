@@ -30,7 +30,7 @@ import (
 	hostv1 "cloister.dev/api/host/v1"
 )
 
-// Binaries builds the shim and the program for containers, once a test run.
+// binaries builds the shim and the program for containers, once a test run.
 var binaries = sync.OnceValues(func() (string, error) {
 	dir, err := os.MkdirTemp("/tmp", "cl-bin")
 	if err != nil {
