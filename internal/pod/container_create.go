@@ -30,7 +30,7 @@ func (s *Service) CreateContainer(ctx context.Context, sandboxID string, cfg *ru
 	if pod.State != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return "", fmt.Errorf("pod sandbox %.13s is not ready (it was stopped), run a new one: %w", pod.ID, errdefs.ErrFailedPrecondition)
 	}
-	if err := sb.usable(); err != nil {
+	if err := sb.usable(ctx); err != nil {
 		return "", err
 	}
 	if err := oci.ValidateContainer(cfg, pod.Config, s.o.Node); err != nil {

@@ -33,7 +33,7 @@ func (s *Service) StartContainer(ctx context.Context, id string) error {
 	if sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
 		return fmt.Errorf("pod sandbox %.13s of container %.13s is not ready: %w", c.record().SandboxID, c.record().ID, errdefs.ErrFailedPrecondition)
 	}
-	if err := sb.usable(); err != nil {
+	if err := sb.usable(ctx); err != nil {
 		return err
 	}
 	// A start that the client gave up on is not undone: it either completes

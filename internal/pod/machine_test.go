@@ -34,7 +34,9 @@ import (
 type fakeShim struct {
 	start time.Time
 	asked atomic.Int32
-	dir   string
+	// probing, when not nil, holds probes up until it is closed.
+	probing chan struct{}
+	dir     string
 
 	mu   sync.Mutex
 	gone map[string]bool          // tasks that it does not know
@@ -124,7 +126,13 @@ func (f fakeSandboxes) ShutdownSandbox(_ context.Context, r *sandboxapi.Shutdown
 	return &sandboxapi.ShutdownSandboxResponse{}, os.RemoveAll(filepath.Join(f.dir, "sandboxes", r.SandboxID))
 }
 
-func (f fakeHost) Probe(context.Context, *hostv1.ProbeRequest) (*hostv1.ProbeResponse, error) {
+func (f fakeHost) Probe(ctx context.Context, _ *hostv1.ProbeRequest) (*hostv1.ProbeResponse, error) {
+	if f.probing != nil {
+		select {
+		case <-f.probing:
+		case <-ctx.Done():
+		}
+	}
 	return &hostv1.ProbeResponse{Works: true}, nil
 }
 
@@ -228,11 +236,7 @@ func newMachine(t testing.TB, o Options) *machine {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { o.Images.Close() })
-	if o.Shims, err = shim.New(shim.Options{State: filepath.Join(o.State, "shim"), Log: log,
-		Runtimes: map[string]shim.Runtime{"runc": {Type: "io.containerd.runc.v2"}}, Default: "runc"}); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(o.Shims.Close)
+	o.Shims = newShims(t, o)
 	o.Network = m.net
 	if m.Service, err = Open(o); err != nil {
 		t.Fatal(err)
@@ -243,6 +247,17 @@ func newMachine(t testing.TB, o Options) *machine {
 		}
 	})
 	return m
+}
+
+func newShims(t testing.TB, o Options) *shim.Client {
+	t.Helper()
+	c, err := shim.New(shim.Options{State: filepath.Join(o.State, "shim"), Log: o.Log,
+		Runtimes: map[string]shim.Runtime{"runc": {Type: "io.containerd.runc.v2"}}, Default: "runc"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(c.Close)
+	return c
 }
 
 type testLog struct{ t testing.TB }

@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -113,6 +114,27 @@ func TestPodsOfAFormerHandlerCanBeRemoved(t *testing.T) {
 	known, err := m.knownIDs()
 	if err != nil || len(known) != 0 {
 		t.Errorf("left are %v, %v", known, err)
+	}
+}
+
+func TestContainersOfARecoveredPodWaitForTheProbe(t *testing.T) {
+	m := newMachine(t, Options{})
+	sb := m.sandbox(t, "").rec.ID
+	m.shim.probing = make(chan struct{})
+	m.o.Shims = newShims(t, m.o)
+	m.restart(t)
+	create := func(ctx context.Context) error {
+		_, err := m.CreateContainer(ctx, sb, &runtimeapi.ContainerConfig{}, nil)
+		return err
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if err := create(ctx); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("while it is not known what the handler can do: %v", err)
+	}
+	close(m.shim.probing)
+	if err := create(t.Context()); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("an empty configuration: %v", err)
 	}
 }
 

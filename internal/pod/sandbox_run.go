@@ -135,9 +135,11 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 }
 
 // usable tells why nothing can be started in the sandbox any more, if so.
-func (sb *sandbox) usable() error {
+// After it, the handler's features are known, of a recovered sandbox too.
+func (sb *sandbox) usable(ctx context.Context) error {
 	if sb.handler.Configured() {
-		return nil
+		_, err := sb.handler.Features(ctx)
+		return err
 	}
 	return fmt.Errorf("handler %q of pod sandbox %.13s is not configured any more, it can only be stopped and removed: %w",
 		sb.handler.Name, sb.record().ID, errdefs.ErrFailedPrecondition)

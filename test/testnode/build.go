@@ -43,7 +43,12 @@ func Build(ctx context.Context, checkout, dir string) (bin string, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return "", err
 	}
-	return dir, GoBuild(ctx, checkout, []string{"CGO_ENABLED=0"}, "-o", dir+"/", "./cmd/cloister", "./cmd/cloister-shim")
+	env := []string{"CGO_ENABLED=0"}
+	if err := GoBuild(ctx, checkout, env, "-o", dir+"/", "./cmd/cloister"); err != nil {
+		return "", err
+	}
+	// As the Makefile does: the resident shim must be small.
+	return dir, GoBuild(ctx, checkout, env, "-tags", "no_grpc", "-ldflags", "-s -w", "-o", dir+"/", "./cmd/cloister-shim")
 }
 
 // GoBuild runs go build in dir with the environment added, at low priority.

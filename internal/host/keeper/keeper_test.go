@@ -13,39 +13,8 @@ import (
 // TestFiles plays two lives of a server against one keeper.
 func TestFiles(t *testing.T) {
 	k := &keeper{Options: Options{Dir: t.TempDir(), Log: slog.New(slog.DiscardHandler)}, files: map[string]int{}}
-	life := func(f func(*Store, map[string]*os.File)) {
-		t.Helper()
-		pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		k.giveBack(pair[0])
-		ended := make(chan struct{})
-		go k.receive(pair[0], ended)
-		s, held, err := Connect(pair[1], slog.New(slog.DiscardHandler))
-		if err != nil {
-			t.Fatal(err)
-		}
-		f(s, held)
-		for _, h := range held {
-			h.Close()
-		}
-		unix.Close(pair[1]) // as the death of the server does
-		<-ended
-	}
-	open := func(text string) *os.File {
-		t.Helper()
-		p := filepath.Join(k.Dir, text)
-		if err := os.WriteFile(p, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		f, err := os.Open(p)
-		if err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() { f.Close() })
-		return f
-	}
+	life := func(f func(*Store, map[string]*os.File)) { t.Helper(); life(t, k, f) }
+	open := func(text string) *os.File { t.Helper(); return open(t, k.Dir, text) }
 	life(func(s *Store, held map[string]*os.File) {
 		if len(held) != 0 {
 			t.Errorf("held at first: %v", held)
@@ -84,4 +53,41 @@ func TestFiles(t *testing.T) {
 	none.Drop("x")
 	none.Clear("")
 	none.Quit()
+}
+
+// life connects a server to k, lets f use it, and ends it as a kill does.
+func life(t *testing.T, k *keeper, f func(*Store, map[string]*os.File)) {
+	t.Helper()
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.giveBack(pair[0])
+	ended := make(chan struct{})
+	go k.receive(pair[0], ended)
+	s, held, err := Connect(pair[1], slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	f(s, held)
+	for _, h := range held {
+		h.Close()
+	}
+	unix.Close(pair[1])
+	<-ended
+}
+
+// open makes a file that holds its own name.
+func open(t *testing.T, dir, name string) *os.File {
+	t.Helper()
+	p := filepath.Join(dir, name)
+	if err := os.WriteFile(p, []byte(name), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, err := os.Open(p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
 }
