@@ -50,6 +50,9 @@ conformance: build ## the public CRI validation suite, offline, against a privat
 
 lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT) ## golangci-lint, see .golangci.yml
 	$< run ./...
+	@set -e; for module in $(dir $(wildcard test/*/go.mod)); do \
+	  echo "== $$module"; (cd $$module; $< run ./...); \
+	done
 
 $(TOOLS)/golangci-lint-$(GOLANGCI_LINT):
 	GOBIN=$(TOOLS) $(GO) install github.com/golangci/golangci-lint/v2/cmd/golangci-lint@$(GOLANGCI_LINT)

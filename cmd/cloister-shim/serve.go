@@ -69,7 +69,8 @@ func serve(ctx context.Context, o options) error {
 
 // connect finds the keeper, when it is one that started us.
 func connect(o options) (*keeper.Store, map[string]*os.File, error) {
-	if t, err := unix.GetsockoptInt(keeper.SocketFD, unix.SOL_SOCKET, unix.SO_TYPE); err != nil || t != unix.SOCK_SEQPACKET {
+	kind, err := unix.GetsockoptInt(keeper.SocketFD, unix.SOL_SOCKET, unix.SO_TYPE)
+	if kept := err == nil && kind == unix.SOCK_SEQPACKET; !kept {
 		o.log.Warn("no keeper: the end of this process may lose output and exits")
 		return nil, nil, nil
 	}

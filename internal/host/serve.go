@@ -65,7 +65,9 @@ func (h *Host) Serve(ctx context.Context, l net.Listener) error {
 	if srv.Shutdown(sctx) != nil {
 		_ = srv.Close()
 	}
-	<-served
+	if err := <-served; !errors.Is(err, ttrpc.ErrServerClosed) {
+		return err
+	}
 	return nil
 }
 

@@ -38,7 +38,7 @@ func (e *pullError) Unwrap() error { return e.class }
 // explain turns whatever the libraries returned into an error with a class
 // that a gRPC code follows from. secrets are cut out of the text.
 func explain(ref string, err error, secrets []string) error {
-	class, hint := classify(err)
+	hint, class := classify(err)
 	text := err.Error()
 	if m := registryMessage(err); m != "" && !strings.Contains(text, m) {
 		text += ": registry says " + quoted(m)
@@ -55,18 +55,18 @@ func explain(ref string, err error, secrets []string) error {
 	return &pullError{text, class}
 }
 
-func classify(err error) (class error, hint string) {
+func classify(err error) (hint string, class error) {
 	var status remoteerrors.ErrUnexpectedStatus
 	var netErr net.Error
 	switch {
 	case errors.Is(err, context.Canceled):
-		return context.Canceled, ""
+		return "", context.Canceled
 	case errors.Is(err, context.DeadlineExceeded):
-		return context.DeadlineExceeded, ""
+		return "", context.DeadlineExceeded
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
-		return errdefs.ErrResourceExhausted, "free disk space or remove unused images"
+		return "free disk space or remove unused images", errdefs.ErrResourceExhausted
 	case errors.Is(err, docker.ErrInvalidAuthorization):
-		return errdefs.ErrUnauthenticated, "give credentials for this registry, or check that the repository exists"
+		return "give credentials for this registry, or check that the repository exists", errdefs.ErrUnauthenticated
 	case errors.As(err, &status):
 		return classifyStatus(status.StatusCode)
 	}
@@ -76,29 +76,29 @@ func classify(err error) (class error, hint string) {
 		errdefs.ErrUnavailable,
 	} {
 		if errors.Is(err, c) {
-			return c, ""
+			return "", c
 		}
 	}
 	if errors.As(err, &netErr) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
-		return errdefs.ErrUnavailable, "the registry or the way to it failed; the next pull resumes"
+		return "the registry or the way to it failed; the next pull resumes", errdefs.ErrUnavailable
 	}
-	return errdefs.ErrUnknown, ""
+	return "", errdefs.ErrUnknown
 }
 
-func classifyStatus(code int) (class error, hint string) {
+func classifyStatus(code int) (hint string, class error) {
 	switch {
 	case code == http.StatusUnauthorized:
-		return errdefs.ErrUnauthenticated, "give credentials for this registry, or check that the repository exists"
+		return "give credentials for this registry, or check that the repository exists", errdefs.ErrUnauthenticated
 	case code == http.StatusForbidden:
-		return errdefs.ErrPermissionDenied, "the credentials do not suffice for this repository"
+		return "the credentials do not suffice for this repository", errdefs.ErrPermissionDenied
 	case code == http.StatusNotFound:
-		return errdefs.ErrNotFound, ""
+		return "", errdefs.ErrNotFound
 	case code == http.StatusTooManyRequests:
-		return errdefs.ErrResourceExhausted, "the registry limits the rate of pulls"
+		return "the registry limits the rate of pulls", errdefs.ErrResourceExhausted
 	case code >= 500:
-		return errdefs.ErrUnavailable, "the registry has a problem"
+		return "the registry has a problem", errdefs.ErrUnavailable
 	}
-	return errdefs.ErrUnknown, ""
+	return "", errdefs.ErrUnknown
 }
 
 // registryMessage is what the registry gave as a reason, when it used the

@@ -114,6 +114,10 @@ func pause(ctx context.Context, d time.Duration) bool {
 func (c *collector) collect(s *Store) time.Duration {
 	start := time.Now()
 	stats, err := s.db.GarbageCollect(s.ctx)
+	if isNoSpace(err) {
+		s.reserve.release()
+		stats, err = s.db.GarbageCollect(s.ctx)
+	}
 	took := time.Since(start)
 	if err != nil {
 		if s.ctx.Err() == nil {
@@ -121,6 +125,7 @@ func (c *collector) collect(s *Store) time.Duration {
 		}
 		return took
 	}
+	s.reserve.fill()
 	s.log.Debug("garbage collected", "took", took, "held", stats.Elapsed())
 	return took
 }

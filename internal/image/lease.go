@@ -52,14 +52,23 @@ func (s *Store) endLeases(ctx context.Context, list ...leases.Lease) error {
 	return nil
 }
 
-// keepForResumption ends the lease of a failed pull and keeps what it fetched
-// for a while. It works after the pull's context has ended.
-func (s *Store) keepForResumption(l leases.Lease) {
+// abandon ends the lease of a failed pull and keeps what it fetched for a
+// while, unless it was the disk that failed it. It works after the pull's
+// context has ended.
+func (s *Store) abandon(l leases.Lease, why error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(s.ctx), leaseTimeout)
 	defer cancel()
-	err := s.update(ctx, func(ctx context.Context) error { return s.convert(ctx, l) })
+	if isNoSpace(why) {
+		s.reserve.release()
+	}
+	err := s.update(ctx, func(ctx context.Context) error {
+		if isNoSpace(why) {
+			return s.endLeases(ctx, l, resumeLease(l.Labels[labelPull]))
+		}
+		return s.convert(ctx, l)
+	})
 	if err != nil {
-		s.log.Warn("cannot keep what a failed pull fetched", "lease", l.ID, "error", err)
+		s.log.Warn("what a failed pull fetched stays until the next start", "lease", l.ID, "error", err)
 	}
 	s.gc.keepUntil(time.Now().Add(keepPartial))
 	s.gc.kick()

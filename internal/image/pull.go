@@ -64,7 +64,7 @@ func (p *puller) run(ctx context.Context) (_ Image, err error) {
 	}
 	defer func() {
 		if err != nil {
-			s.keepForResumption(lease)
+			s.abandon(lease, err)
 		}
 	}()
 	ctx = leases.WithLease(ctx, lease.ID)

@@ -165,14 +165,18 @@ func layerWith(t testing.TB, entries []tar.Header, contents map[string][]byte) v
 	var buf bytes.Buffer
 	w := tar.NewWriter(&buf)
 	for _, h := range entries {
-		h.Size = int64(len(contents[h.Name]))
+		var content []byte
+		if h.Typeflag == tar.TypeReg {
+			content = contents[h.Name]
+		}
+		h.Size = int64(len(content))
 		if h.Mode == 0 {
 			h.Mode = 0o755
 		}
 		if err := w.WriteHeader(&h); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := w.Write(contents[h.Name]); err != nil {
+		if _, err := w.Write(content); err != nil {
 			t.Fatal(err)
 		}
 	}

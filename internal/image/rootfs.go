@@ -201,8 +201,11 @@ func (s *Store) existing(key string) (root, snapshots.Snapshotter, error) {
 // fine. The caller has unmounted it. Its disk space is freed soon after.
 func (s *Store) RemoveRootfs(ctx context.Context, key string) error {
 	_, sn, err := s.existing(key)
-	if err != nil {
+	if errdefs.IsNotFound(err) {
 		return nil
+	}
+	if err != nil {
+		return err
 	}
 	if err := sn.Remove(s.within(ctx), key); err != nil && !errdefs.IsNotFound(err) {
 		return fmt.Errorf("remove root file system %s: %w", quoted(key), err)

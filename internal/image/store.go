@@ -67,6 +67,7 @@ type Store struct {
 	roots    roots
 	usage    usageCache
 	gc       collector
+	reserve  reserve
 	idmap    func() (bool, error)
 
 	// ctx ends with Close; it carries the namespace and the logger.
@@ -83,6 +84,7 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	}
 	s := &Store{o: withDefaults(o), index: newIndex(o.Pinned)}
 	s.log = s.o.Log
+	s.reserve = reserve{filepath.Join(o.Root, "reserve")}
 	s.idmap = sync.OnceValues(overlayutils.SupportsIDMappedMounts)
 	s.ctx, s.cancel = context.WithCancel(namespaces.WithNamespace(log.WithLogger(context.Background(), forwardLog(s.log)), namespace))
 	defer func() {
@@ -283,14 +285,20 @@ func (s *Store) Remove(ctx context.Context, refOrID string) error {
 		return err
 	}
 	names := s.index.records(img.ID)
-	err = s.update(s.within(ctx), func(ctx context.Context) error {
-		for _, name := range names {
-			if err := s.images.Delete(ctx, name); err != nil && !errdefs.IsNotFound(err) {
-				return err
+	remove := func() error {
+		return s.update(s.within(ctx), func(ctx context.Context) error {
+			for _, name := range names {
+				if err := s.images.Delete(ctx, name); err != nil && !errdefs.IsNotFound(err) {
+					return err
+				}
 			}
-		}
-		return nil
-	})
+			return nil
+		})
+	}
+	if err = remove(); isNoSpace(err) {
+		s.reserve.release()
+		err = remove()
+	}
 	if err != nil {
 		return fmt.Errorf("remove image %s: %w", img.ID, err)
 	}

@@ -109,7 +109,7 @@ func (g *gate) close() {
 // unpack to any size. One hundredth of the file system, a gibibyte at most, is
 // left to the node.
 func (s *Store) guardSpace(ctx context.Context, cancel context.CancelCauseFunc) {
-	tick := time.NewTicker(250 * time.Millisecond)
+	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
 		var st syscall.Statfs_t

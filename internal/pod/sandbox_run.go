@@ -192,10 +192,11 @@ func (s *Service) shimRequest(sb *sandbox) shim.SandboxRequest {
 	return r
 }
 
-// watchHolder turns the sandbox not ready when the process that holds its
-// shared PID namespace ends: nothing can be started in it any more.
+// watchHolder turns the sandbox not ready when the process that it depends on
+// ends, the holder of its shared PID namespace or a shim of its own: nothing
+// can be started in it any more.
 func (s *Service) watchHolder(sb *sandbox) {
-	if sb.get().Pid == 0 || !sb.record().SharePID {
+	if h := sb.handler; h == nil || !h.External() && (sb.get().Pid == 0 || !sb.record().SharePID) {
 		return
 	}
 	s.work.Go(func() {
@@ -209,7 +210,7 @@ func (s *Service) watchHolder(sb *sandbox) {
 		if sb.get().State != runtimeapi.PodSandboxState_SANDBOX_READY {
 			return
 		}
-		s.log.Warn("the process that holds the pod's PID namespace ended", "sandbox", sb.record().ID)
+		s.log.Warn("the process that the pod depends on ended", "sandbox", sb.record().ID)
 		if err := s.changeSandbox(sb, func(r *sandboxRecord) {
 			if r.Phase == ready {
 				r.Phase = stopping

@@ -259,6 +259,10 @@ func (h *Handler) Features(ctx context.Context) (Features, error) {
 	}
 }
 
+// External tells whether each sandbox has a shim process of its own, whose end
+// is the sandbox's.
+func (h *Handler) External() bool { return !h.Runtime.resident() }
+
 // Supports gives the features of a handler that Client.Handler returned, whose
 // probe is therefore done.
 func (h *Handler) Supports() Features { return h.features }

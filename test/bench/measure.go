@@ -223,7 +223,7 @@ func (b *bench) container(ctx context.Context, p pod, parallel int) error {
 	// The first process of a PID namespace does not even notice SIGTERM before
 	// it asked for it, so top gets the time to do so. A faster start would
 	// otherwise be punished with a stop that runs into its time-out.
-	time.Sleep(settle)
+	time.Sleep(settle) //nolint:forbidigo // see above
 	err = b.timed(label("container stop", parallel), func() error {
 		_, err := b.node.Runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: id, Timeout: 10})
 		return err

@@ -25,7 +25,7 @@ type row struct {
 
 // table prints everything and reports whether every budget is met.
 func table(out io.Writer, set settings, results map[string]*result) bool {
-	rows := append(timeRows(set, results), memoryRows(set, results)...)
+	rows := append(timeRows(results), memoryRows(set, results)...)
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprint(w, "operation\t")
 	for _, s := range set.Subjects {
@@ -102,7 +102,7 @@ func cell(v []float64, i int) string {
 
 // timeRows are the operations in the order in which a pod lives, the suite's
 // first, then our own, then several at once.
-func timeRows(set settings, results map[string]*result) []row {
+func timeRows(results map[string]*result) []row {
 	bounds := map[string]map[string]budget{}
 	for op, ratios := range map[string][2]float64{
 		"critest: pod create": {0.25, 0.25}, "pod create": {0.25, 0.25},

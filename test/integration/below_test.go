@@ -124,6 +124,7 @@ func TestHangingOCIRuntime(t *testing.T) {
 	n := own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "stage": filepath.Join(s.dir, "oci")}, Default: "runc"})
 	witness(t, n)
 	p := runHandlerPod(t, n, "stage")
+	t.Cleanup(func() { s.mode("pass") }) // or the pod's removal waits
 	check := noLeak(t, n)
 	s.mode("hold")
 	c := p.create(busybox, []string{"sh", "-c", trapping})

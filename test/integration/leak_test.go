@@ -53,7 +53,7 @@ func noLeak(t *testing.T, n *testnode.Node) (check func()) {
 				return
 			}
 			if time.Now().After(deadline) {
-				t.Errorf("left behind: %v, before %v", more, before)
+				t.Errorf("left behind: %v, before %v, addresses are held for %q", more, before, holders(n))
 				return
 			}
 			time.Sleep(20 * time.Millisecond)
@@ -112,6 +112,20 @@ func files(dir string, dots int) int {
 		return nil
 	})
 	return count
+}
+
+// holders are the addresses that are held on disk, each with for whom.
+func holders(n *testnode.Node) map[string]string {
+	held := map[string]string{}
+	paths, _ := filepath.Glob(filepath.Join(n.Dir, "ipam", "*", "*.*.*.*"))
+	for _, path := range paths {
+		data, err := os.ReadFile(path)
+		if err != nil {
+			data = []byte(err.Error())
+		}
+		held[filepath.Base(path)] = string(data)
+	}
+	return held
 }
 
 // fsck is the output of the daemon's own check, "" when it found nothing.

@@ -74,8 +74,22 @@ func (n *Node) contained() []int {
 			return false
 		}
 		mounts, err := os.ReadFile(filepath.Join("/proc", pid, "mountinfo"))
-		return err == nil && bytes.Contains(mounts, []byte(n.Dir+"/"))
+		return err == nil && rootedIn(string(mounts), n.Dir+"/")
 	})
+}
+
+// rootedIn tells whether all that is mounted shows that a process lives in a
+// container of the folder. One that sees mount points below the folder is not
+// in a container yet, and may be another node's.
+func rootedIn(mountinfo, dir string) bool {
+	found := false
+	for line := range strings.Lines(mountinfo) {
+		if fields := strings.Fields(line); len(fields) > 4 && strings.HasPrefix(fields[4], dir) {
+			return false
+		}
+		found = found || strings.Contains(line, dir)
+	}
+	return found
 }
 
 func processes(belongs func(pid string) bool) []int {
@@ -104,7 +118,7 @@ func (n *Node) sweep() error {
 		for _, pid := range pids {
 			_ = syscall.Kill(pid, syscall.SIGKILL) // it may just have ended
 		}
-		time.Sleep(20 * time.Millisecond) // /proc sends no event for processes that are not ours
+		time.Sleep(20 * time.Millisecond) //nolint:forbidigo // /proc sends no event for processes that are not ours
 	}
 	var errs []error
 	if err := unmountBelow(n.Dir); err != nil {

@@ -75,8 +75,10 @@ func (n *Node) Endpoint() string { return "unix://" + n.Socket }
 // PID is the daemon's process.
 func (n *Node) PID() int { return n.daemon.Process.Pid }
 
-// Root and State are the daemon's folders.
-func (n *Node) Root() string  { return filepath.Join(n.Dir, "root") }
+// Root is the daemon's folder of what outlives a reboot.
+func (n *Node) Root() string { return filepath.Join(n.Dir, "root") }
+
+// State is the daemon's folder of what a reboot may take.
 func (n *Node) State() string { return filepath.Join(n.Dir, "state") }
 
 // Start runs a daemon and returns when it reports runtime and network ready.

@@ -26,7 +26,7 @@ const (
 // isHybrid tells whether this is such a machine.
 func isHybrid() bool {
 	var st unix.Statfs_t
-	return unix.Statfs(unifiedRoot, &st) == nil && int64(st.Type) == unix.CGROUP2_SUPER_MAGIC
+	return unix.Statfs(unifiedRoot, &st) == nil && int64(st.Type) == unix.CGROUP2_SUPER_MAGIC //nolint:unconvert // it is int32 on some architectures
 }
 
 // learn finds out, once, whether r needs the v2 hierarchy hidden.

@@ -48,7 +48,7 @@ func (b *Backend) Probe(ctx context.Context, req *hostv1.ProbeRequest) (*hostv1.
 	r.learn.Unlock()
 	if err != nil {
 		resp.Reason = err.Error()
-		return resp, nil
+		return resp, nil //nolint:nilerr // that it does not work is the answer
 	}
 	resp.Works, resp.OciVersion = true, version
 	began := time.Now()

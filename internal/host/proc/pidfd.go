@@ -69,7 +69,7 @@ type pidfdInfo struct {
 
 const (
 	pidfdInfoExit = 1 << 3
-	pidfdGetInfo  = 3<<30 | uintptr(unsafe.Sizeof(pidfdInfo{}))<<16 | 0xff<<8 | 11
+	pidfdGetInfo  = 3<<30 | unsafe.Sizeof(pidfdInfo{})<<16 | 0xff<<8 | 11
 )
 
 // exitInfo asks the kernel for the status of a process that was reaped while

@@ -264,11 +264,11 @@ func (l *leases) give(id string) error {
 	return nil
 }
 
-func (l *leases) get(id string) (lease, bool) {
+func (l *leases) has(id string) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	e, ok := l.byID[id]
-	return e, ok
+	_, ok := l.byID[id]
+	return ok
 }
 
 func (l *leases) all() []lease {

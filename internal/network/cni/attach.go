@@ -63,7 +63,7 @@ func (a *Attacher) Attach(ctx context.Context, r network.Request) (*network.Resu
 	results, err := a.addAll(ctx, r, rec, networks)
 	var res *network.Result
 	if err == nil {
-		res, err = a.result(r, networks, results)
+		res, err = a.result(networks, results)
 	}
 	if err != nil {
 		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
@@ -213,7 +213,7 @@ func capabilitiesOf(r network.Request) map[string]any {
 }
 
 // result reads what matters out of the first network's result.
-func (a *Attacher) result(r network.Request, networks []confNetwork, results []types.Result) (*network.Result, error) {
+func (a *Attacher) result(networks []confNetwork, results []types.Result) (*network.Result, error) {
 	where := fmt.Sprintf("cni network %s (%s)", networks[0].list.Name, networks[0].file)
 	cur, err := types100.NewResultFromResult(results[0])
 	if err != nil {

@@ -144,7 +144,7 @@ func parseList(data []byte, isList bool) (*libcni.NetworkConfigList, error) {
 		if err != nil {
 			return nil, err
 		}
-		return libcni.ConfListFromConf(conf)
+		return libcni.ConfListFromConf(conf) //nolint:staticcheck // nodes have such files, and containerd reads them
 	}
 	var shape map[string]json.RawMessage
 	if err := json.Unmarshal(data, &shape); err != nil {

@@ -272,7 +272,7 @@ func FuzzResult(f *testing.F) {
 		if err != nil {
 			return
 		}
-		got, err := a.result(network.Request{}, networks, []types.Result{res})
+		got, err := a.result(networks, []types.Result{res})
 		if err == nil && len(got.IPs) == 0 {
 			t.Errorf("%s: no address and no error", out)
 		}

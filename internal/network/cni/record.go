@@ -69,7 +69,7 @@ func (r records) read(id string) (*record, error) {
 	}
 	var rec record
 	if json.Unmarshal(data, &rec) != nil {
-		return nil, nil
+		return nil, nil //nolint:nilerr // see above
 	}
 	return &rec, nil
 }

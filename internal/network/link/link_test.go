@@ -45,7 +45,7 @@ func TestDo(t *testing.T) {
 				}
 				return boom
 			})
-			if err != boom {
+			if !errors.Is(err, boom) {
 				t.Errorf("%d: %v", i, err)
 			}
 			if s := self(t); s != home {

@@ -131,7 +131,7 @@ const (
 // awaitUp waits for that moment to pass, which usually is over already. It
 // gives up silently: the pair is made, only perhaps a little early.
 func awaitUp(h *netlink.Handle, index int) {
-	for end := time.Now().Add(upPatience); time.Now().Before(end); time.Sleep(upPoll) {
+	for end := time.Now().Add(upPatience); time.Now().Before(end); time.Sleep(upPoll) { //nolint:forbidigo // a subscription would take longer than most of these waits
 		if l, err := h.LinkByIndex(index); err != nil || l.Attrs().OperState == netlink.OperUp {
 			return
 		}
@@ -259,7 +259,7 @@ func awaitHeard(iface string, addrs ...netip.Addr) {
 			groups[fmt.Sprintf("ff0200000000000000000001ff%x", b[13:])] = true
 		}
 	}
-	for end := time.Now().Add(upPatience); len(groups) > 0 && time.Now().Before(end); time.Sleep(upPoll) {
+	for end := time.Now().Add(upPatience); len(groups) > 0 && time.Now().Before(end); time.Sleep(upPoll) { //nolint:forbidigo // a subscription would take longer than most of these waits
 		have, err := os.ReadFile("/proc/thread-self/net/igmp6")
 		if err != nil {
 			return

@@ -60,14 +60,13 @@ func (d debian) need(ctx context.Context, packages ...string) error {
 		cmd.Dir = tmp
 		return cmd.CombinedOutput()
 	}
-	msg, err := download()
-	if err != nil {
+	if _, err := download(); err != nil {
 		// A machine that has no package lists yet, or lists so old that the
 		// mirror has newer files only.
 		if out, uerr := exec.CommandContext(ctx, "apt-get", "-qq", "update").CombinedOutput(); uerr != nil {
 			return fmt.Errorf("apt-get update: %w: %s", uerr, out)
 		}
-		if msg, err = download(); err != nil {
+		if msg, err := download(); err != nil {
 			return fmt.Errorf("apt-get download %s: %w: %s", strings.Join(packages, " "), err, msg)
 		}
 	}

@@ -39,29 +39,29 @@ type bridgeConf struct {
 	MACSpoofChk bool  `json:"macspoofchk"`
 }
 
-func (p bridge) conf(c Call) (bridgeConf, *types100.Result, error) {
+func (p bridge) conf(c Call) (bridgeConf, error) {
 	conf := bridgeConf{Bridge: "cni0"}
-	prev, err := parse(c, &conf, &conf.PluginConf)
+	_, err := parse(c, &conf, &conf.PluginConf)
 	switch {
 	case err != nil:
-		return conf, nil, err
+		return conf, err
 	case conf.VLAN != 0 || len(conf.VLANTrunk) > 0:
-		return conf, nil, fmt.Errorf("keys vlan and vlanTrunk: %w", ErrNeedsProgram)
+		return conf, fmt.Errorf("keys vlan and vlanTrunk: %w", ErrNeedsProgram)
 	case conf.MACSpoofChk:
-		return conf, nil, fmt.Errorf("key macspoofchk: %w", ErrNeedsProgram)
+		return conf, fmt.Errorf("key macspoofchk: %w", ErrNeedsProgram)
 	case conf.HairpinMode && conf.PromiscMode:
-		return conf, nil, types.NewError(types.ErrInvalidNetworkConfig, "hairpinMode and promiscMode exclude each other", "")
+		return conf, types.NewError(types.ErrInvalidNetworkConfig, "hairpinMode and promiscMode exclude each other", "")
 	case conf.IPAM.Type != "" && conf.DisableContainerInterface:
-		return conf, nil, types.NewError(types.ErrInvalidNetworkConfig, "disableContainerInterface excludes ipam", "")
+		return conf, types.NewError(types.ErrInvalidNetworkConfig, "disableContainerInterface excludes ipam", "")
 	}
 	if conf.IsDefaultGateway {
 		conf.IsGateway = true
 	}
-	return conf, prev, nil
+	return conf, nil
 }
 
 func (p bridge) add(ctx context.Context, c Call) (_ types.Result, err error) {
-	conf, _, err := p.conf(c)
+	conf, err := p.conf(c)
 	if err != nil {
 		return nil, err
 	}
@@ -195,7 +195,7 @@ func gatewaysOf(res *types100.Result, conf *bridgeConf) ([]netip.Prefix, error) 
 }
 
 func (p bridge) del(ctx context.Context, c Call) error {
-	conf, _, err := p.conf(c)
+	conf, err := p.conf(c)
 	if err != nil {
 		return err
 	}
@@ -233,7 +233,7 @@ func (s *Set) removePair(ctx context.Context, c Call) error {
 }
 
 func (p bridge) check(ctx context.Context, c Call) error {
-	conf, _, err := p.conf(c)
+	conf, err := p.conf(c)
 	if err != nil {
 		return err
 	}
@@ -289,7 +289,7 @@ func checkInside(c Call, res *types100.Result) error {
 }
 
 func (p bridge) status(ctx context.Context, c Call) error {
-	conf, _, err := p.conf(c)
+	conf, err := p.conf(c)
 	if err != nil || conf.IPAM.Type == "" {
 		return err
 	}

@@ -29,6 +29,7 @@ const (
 	defaultDataDir = "/var/lib/cni/networks"
 	lastPrefix     = "last_reserved_ip."
 	lineBreak      = "\r\n"
+	unfinished     = "reserving"
 	lockPoll       = time.Millisecond
 )
 
@@ -120,20 +121,21 @@ func (s *store) Reserve(id, ifName string, ip net.IP, rangeID string) (bool, err
 		return false, err
 	}
 	path := filepath.Join(s.path, ip.String())
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_EXCL|os.O_CREATE, 0o600)
-	if errors.Is(err, fs.ErrExist) {
-		return false, nil
-	}
-	if err != nil {
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		return false, err
 	}
+	// The file must appear with its content: one that a crash left empty would
+	// be nobody's to give back. The lock keeps others out meanwhile.
 	h := holder{strings.TrimSpace(id), ifName}
-	_, err = f.WriteString(h.id + lineBreak + h.ifName)
-	if err = errors.Join(err, f.Close()); err != nil {
-		return false, errors.Join(err, os.Remove(path))
+	next := filepath.Join(s.path, unfinished)
+	if err := os.WriteFile(next, []byte(h.id+lineBreak+h.ifName), 0o600); err != nil {
+		return false, errors.Join(err, os.Remove(next))
+	}
+	if err := os.Rename(next, path); err != nil {
+		return false, err
 	}
 	s.byID[h] = append(s.byID[h], ip)
-	err = os.WriteFile(filepath.Join(s.path, lastPrefix+rangeID), []byte(ip.String()), 0o600)
+	err := os.WriteFile(filepath.Join(s.path, lastPrefix+rangeID), []byte(ip.String()), 0o600)
 	s.stamp()
 	return err == nil, err
 }
