@@ -141,16 +141,11 @@ func gzipped(t testing.TB, b []byte) []byte {
 // TestSpaceGuard checks that a nearly full file system ends an unpack: a tmpfs
 // as root, and a layer of zeros that unpacks to more than it holds.
 func TestSpaceGuard(t *testing.T) {
-	needRoot(t)
-	root := t.TempDir()
-	if err := syscall.Mount("tmpfs", root, "tmpfs", 0, "size=96m"); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = syscall.Unmount(root, syscall.MNT_DETACH) })
+	root := tmpfs(t, "size=56m")
 	pr, pw := io.Pipe()
 	go func() {
 		w := tar.NewWriter(pw)
-		const size = 200 << 20
+		const size = 64 << 20
 		err := w.WriteHeader(&tar.Header{Name: "zeros", Typeflag: tar.TypeReg, Size: size, Mode: 0o644})
 		for written := 0; err == nil && written < size; written += 1 << 20 {
 			_, err = w.Write(make([]byte, 1<<20))
@@ -171,15 +166,28 @@ func TestSpaceGuard(t *testing.T) {
 	}
 	waitFor(t, "the space to be free again", func() bool {
 		var st syscall.Statfs_t
-		return syscall.Statfs(root, &st) == nil && st.Bavail*uint64(st.Bsize) > 80<<20
+		return syscall.Statfs(root, &st) == nil && st.Bavail*uint64(st.Bsize) > 44<<20
 	})
 	mustPull(t, s, r.push(t, "app", "2", imageOf(t, nil, fileLayer(t, "f", []byte("x")))))
+}
+
+// tmpfs mounts a small and fast file system.
+func tmpfs(t testing.TB, options string) string {
+	t.Helper()
+	needRoot(t)
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
+	return dir
 }
 
 // TestManyLayers mounts an image of as many layers as are allowed.
 func TestManyLayers(t *testing.T) {
 	r := newRegistry(t)
-	s := openStore(t, nil)
+	root := tmpfs(t, "size=128m") // thousands of fsyncs
+	s := openStore(t, func(o *Options) { o.Root = root })
 	layers := make([]v1.Layer, maxLayers)
 	for i := range layers {
 		layers[i] = fileLayer(t, fmt.Sprint("f", i), []byte{byte(i)})

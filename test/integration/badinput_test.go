@@ -181,7 +181,7 @@ func second[T any](_ T, err error) error { return err }
 
 func TestNamesThatAreNone(t *testing.T) {
 	n := shared(t)
-	check := noLeakOf(t, n, "namespace-of-names")
+	check := noPods(t, n)
 	for kind, value := range hostileNames {
 		if strings.Contains(value, "\x00") {
 			continue // protobuf strings hold it, but what is refused is the same
@@ -208,9 +208,9 @@ func TestNamesThatAreNone(t *testing.T) {
 	check()
 }
 
-// noLeakOf checks that no pod came to be, on a node where other tests make
-// pods at the same time.
-func noLeakOf(t *testing.T, n *testnode.Node, _ string) func() {
+// noPods checks that no pod of this test came to be, on a node where others
+// make pods at the same time.
+func noPods(t *testing.T, n *testnode.Node) (check func()) {
 	name := strings.ToLower(t.Name())
 	return func() {
 		t.Helper()

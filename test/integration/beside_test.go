@@ -57,7 +57,7 @@ func another(t *testing.T) *testnode.Node {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := n.Close(); err != nil {
+		if err := closeNode(n); err != nil {
 			t.Error(err)
 		}
 	})

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"maps"
@@ -100,6 +101,19 @@ func cgroups(n *testnode.Node) int {
 		}
 	}
 	return count
+}
+
+// closeNode ends the node, and removes the parent of its pods' cgroups as
+// kubelet would.
+func closeNode(n *testnode.Node) error {
+	err := n.Close()
+	for _, pattern := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} {
+		parents, _ := filepath.Glob(pattern + filepath.Base(n.Dir))
+		for _, p := range parents {
+			err = errors.Join(err, os.Remove(p))
+		}
+	}
+	return err
 }
 
 // files counts those whose names have so many dots.

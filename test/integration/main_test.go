@@ -103,7 +103,7 @@ func (s *site) close() error {
 		if os.Getenv("LOG") != "" {
 			fmt.Fprintln(os.Stderr, s.node.LogTail(200))
 		}
-		errs = append(errs, s.node.Close())
+		errs = append(errs, closeNode(s.node))
 	}
 	if s.registry != nil {
 		errs = append(errs, s.registry.Close())

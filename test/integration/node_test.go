@@ -39,7 +39,7 @@ func own(t *testing.T, opts testnode.Options) *testnode.Node {
 		if t.Failed() {
 			t.Logf("the end of the daemon's log:\n%s", n.LogTail(40))
 		}
-		if err := n.Close(); err != nil {
+		if err := closeNode(n); err != nil {
 			t.Error(err)
 		}
 	})

@@ -208,8 +208,10 @@ func (b *Backend) Watch(_ *host.TaskSpec, p host.Process, held *os.File, exited 
 }
 
 // Delete is part of host.Backend. The runtime's own folder for the container
-// tells whether there is anything to delete at all.
+// tells whether there is anything to delete at all. A caller that goes away
+// does not cut the runtime off: half deleted, it would not know the container.
 func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
+	ctx = context.WithoutCancel(ctx)
 	r, err := b.runtime(t.Runtime.Binary)
 	if err != nil {
 		return errors.Join(unmountRootfs(t), ignoreNotFound(err))
@@ -221,14 +223,47 @@ func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
 		if err = b.command(ctx, t, invocation{verb: "delete", args: []string{t.ID}}); err != nil {
 			err = b.command(ctx, t, invocation{verb: "delete", args: []string{"--force", t.ID}})
 		}
-		if _, serr := os.Stat(state); err != nil && errors.Is(serr, os.ErrNotExist) {
-			err = nil
+		if err != nil {
+			err = forget(ctx, t, state, err)
 		}
 	} else {
 		// Nothing was there to delete, or the runtime died before it noted it.
 		err = sweep(ctx, placeOfSpec(t))
 	}
 	return errors.Join(err, unmountRootfs(t))
+}
+
+// forget removes a container that its runtime cannot delete because its state
+// is not whole: the runtime died while it wrote or removed it.
+func forget(ctx context.Context, t *host.TaskSpec, state string, cause error) error {
+	switch _, err := os.Stat(state); {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
+		return errors.Join(cause, err)
+	case readable(state):
+		return cause
+	}
+	if err := sweep(ctx, placeOfSpec(t)); err != nil {
+		return errors.Join(cause, err)
+	}
+	return os.RemoveAll(state)
+}
+
+// readable tells whether the files are there in which runc, or crun, keeps what
+// it knows of a container.
+func readable(state string) bool {
+	for _, files := range [][]string{{"state.json"}, {"status", "config.json"}} {
+		whole := true
+		for _, f := range files {
+			_, err := os.Stat(filepath.Join(state, f))
+			whole = whole && err == nil
+		}
+		if whole {
+			return true
+		}
+	}
+	return false
 }
 
 func ignoreNotFound(err error) error {
