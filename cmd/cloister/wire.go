@@ -19,6 +19,7 @@ import (
 	profile "github.com/containerd/containerd/v2/contrib/apparmor"
 	"github.com/containerd/containerd/v2/pkg/apparmor"
 	"github.com/containerd/containerd/v2/pkg/seccomp"
+	containerdlog "github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/opencontainers/selinux/go-selinux"
 	"google.golang.org/grpc"
@@ -43,15 +44,13 @@ const stopTime = 10 * time.Second
 // runDaemon opens the services from the bottom up, serves until ctx ends, and
 // closes them from the top down. Pods are not touched by its end.
 func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (err error) {
+	// Two libraries have loggers of their own, for what this log says better.
+	if err := containerdlog.SetLevel("error"); err != nil {
+		return err
+	}
 	klog.SetSlogLogger(slog.New(demoted{log.Handler()}).With("source", "streaming"))
 	var open osutil.Undo // every service, newest closed first
-	defer func() {
-		end := errors.New("closing")
-		open.Run(ctx, &end)
-		if u, ok := end.(interface{ Unwrap() []error }); ok && err == nil {
-			err = errors.Join(u.Unwrap()[1:]...)
-		}
-	}()
+	defer func() { err = errors.Join(err, open.All(ctx)) }()
 	closing := func(what string, f func() error) {
 		open.Add(what, func(context.Context) error { return f() })
 	}

@@ -36,18 +36,24 @@ func (u *Undo) Add(what string, do func(context.Context) error) {
 // Release forgets all steps: the thing is made.
 func (u *Undo) Release() { u.steps = nil }
 
-// Run executes the steps when *err is set, newest first, and joins their
-// errors to it. All steps run, whatever fails, even when ctx is cancelled.
+// Run executes the steps when *err is set, and joins their errors to it.
 func (u *Undo) Run(ctx context.Context, err *error) {
-	if *err == nil || len(u.steps) == 0 {
-		return
+	if *err != nil {
+		*err = errors.Join(*err, u.All(ctx))
 	}
+}
+
+// All executes the steps, newest first, and joins their errors. All steps run,
+// whatever fails, even when ctx is cancelled.
+func (u *Undo) All(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
 	defer cancel()
+	var errs []error
 	for i := len(u.steps) - 1; i >= 0; i-- {
-		if e := u.steps[i].do(ctx); e != nil {
-			*err = errors.Join(*err, fmt.Errorf("undo: %s: %w", u.steps[i].what, e))
+		if err := u.steps[i].do(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("undo: %s: %w", u.steps[i].what, err))
 		}
 	}
 	u.steps = nil
+	return errors.Join(errs...)
 }
