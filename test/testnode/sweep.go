@@ -120,6 +120,7 @@ func (n *Node) sweep() error {
 		}
 		time.Sleep(20 * time.Millisecond) //nolint:forbidigo // /proc sends no event for processes that are not ours
 	}
+	removeCgroups(filepath.Base(n.Dir))
 	var errs []error
 	if err := unmountBelow(n.Dir); err != nil {
 		errs = append(errs, err)
@@ -149,6 +150,25 @@ func (n *Node) dropTables() error {
 		}
 	}
 	return c.Flush()
+}
+
+// removeCgroups removes the cgroups that tests made under the folder's name,
+// in every hierarchy, the innermost first.
+func removeCgroups(name string) {
+	tops, _ := filepath.Glob("/sys/fs/cgroup/*/" + name)
+	for _, top := range append(tops, "/sys/fs/cgroup/"+name) {
+		var dirs []string
+		_ = filepath.WalkDir(top, func(path string, d os.DirEntry, err error) error {
+			if err == nil && d.IsDir() {
+				dirs = append(dirs, path)
+			}
+			return nil // there may be none in this hierarchy
+		})
+		slices.Reverse(dirs)
+		for _, d := range dirs {
+			_ = os.Remove(d) // one that is in use says more in a test's own count
+		}
+	}
 }
 
 // unmountBelow detaches every mount in dir, the last made first.
