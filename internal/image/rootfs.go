@@ -117,20 +117,15 @@ func (s *Store) prepare(ctx context.Context, key string, img Image, r root, labe
 	labels[labelRoot] = time.Now().UTC().Format(time.RFC3339)
 	labels[labelRootfs] = "1"
 	opt := snapshots.WithLabels(labels)
-	var mounts []mount.Mount
-	// One transaction for what the database would do in two: half the flushes.
-	attempt := func() error {
-		return s.update(ctx, func(ctx context.Context) (err error) {
-			mounts, err = do(ctx, key, img.ChainID, opt)
-			return err
-		})
-	}
-	err := attempt()
+	// Not within a transaction of ours, though it would save a flush: the
+	// collector takes a snapshot whose record is not committed yet for an
+	// orphan, and the snapshotter's lock ends before our commit would.
+	mounts, err := do(ctx, key, img.ChainID, opt)
 	if errdefs.IsNotFound(err) && img.ChainID != "" {
 		if err := s.unpackStored(ctx, img, r.snapshotter); err != nil {
 			return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
 		}
-		err = attempt()
+		mounts, err = do(ctx, key, img.ChainID, opt)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("root file system %s of image %s: %w", quoted(key), img.ID, err)
