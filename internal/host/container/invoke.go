@@ -82,7 +82,9 @@ func (b *Backend) execute(ctx context.Context, r *ociRuntime, o host.Runtime, di
 		args = append(args, "--systemd-cgroup")
 	}
 	args = append(append(args, i.verb), i.args...)
-	exit, err := run(ctx, proc.Command{Path: r.path, Args: args, Env: os.Environ(), Dir: dir,
+	path, release := r.sealed.path(r.path)
+	defer release()
+	exit, err := run(ctx, proc.Command{Path: path, Args: args, Env: os.Environ(), Dir: dir,
 		Files: [3]*os.File{i.streams.Stdin, i.streams.Stdout, i.streams.Stderr}})
 	if err != nil {
 		return 0, "", fmt.Errorf("%s %s: %w", filepath.Base(r.path), i.verb, err)
