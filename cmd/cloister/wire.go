@@ -38,8 +38,14 @@ import (
 	"cloister.dev/internal/stream"
 )
 
-// stopTime bounds the wait for running calls when the daemon is asked to stop.
-const stopTime = 10 * time.Second
+const (
+	// stopTime bounds the wait for running calls when the daemon is asked to
+	// stop. Nothing is lost with those that take longer: the next daemon finishes
+	// or undoes what they were about.
+	stopTime = 2 * time.Second
+	// answerTime is how long another daemon may take to answer on the socket.
+	answerTime = 10 * time.Second
+)
 
 // runDaemon opens the services from the bottom up, serves until ctx ends, and
 // closes them from the top down. Pods are not touched by its end.
@@ -186,7 +192,7 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("make the socket's folder: %w", err)
 	}
-	dialer := net.Dialer{Timeout: stopTime} // a daemon that hangs is one, too
+	dialer := net.Dialer{Timeout: answerTime} // a daemon that hangs is one, too
 	if c, err := dialer.DialContext(ctx, "unix", path); err == nil {
 		c.Close()
 		return nil, fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)

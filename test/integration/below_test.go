@@ -84,6 +84,56 @@ func TestHangingNetworkPlugin(t *testing.T) {
 	check()
 }
 
+// A daemon that is told to end does not wait for plugins that hang; the next
+// one takes down what they were called for.
+func TestStopWhilePluginsHang(t *testing.T) {
+	s := newStage(t)
+	n := gated(t, s)
+	check := noLeak(t, n)
+	s.mode("pass")
+	ready := runPod(t, n)
+	s.mode("hang")
+	cfg := podConfig(n, t)
+	lost := make(chan error, 2)
+	go func() {
+		_, err := runSandbox(t.Context(), n, cfg, time.Minute)
+		lost <- err
+	}()
+	go func() {
+		_, err := n.Runtime.StopPodSandbox(t.Context(), &cri.StopPodSandboxRequest{PodSandboxId: ready.id})
+		lost <- err
+	}()
+	eventually(t, 10*time.Second, "the plugin is called for both", func() bool { return s.called("ADD") > 1 && s.called("DEL") > 0 })
+	began := time.Now()
+	ctx, cancel := limit(t, 30*time.Second)
+	defer cancel()
+	if err := n.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took > 7*time.Second {
+		t.Errorf("the daemon took %v to end", took)
+	}
+	for range cap(lost) {
+		if err := <-lost; err == nil {
+			t.Error("a plugin hangs, and the request succeeded")
+		}
+	}
+	s.mode("pass")
+	if err := n.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ready.remove()
+	id, err := runSandbox(t.Context(), n, cfg, 30*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	(&pod{t, n, id, cfg}).remove()
+	if found := fsck(t, n); found != "" {
+		t.Errorf("fsck finds %s", found)
+	}
+	check()
+}
+
 func TestFailingOCIRuntime(t *testing.T) {
 	s := newStage(t)
 	n := own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "stage": filepath.Join(s.dir, "oci")}, Default: "runc"})
