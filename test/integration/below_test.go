@@ -338,7 +338,8 @@ func fill(t *testing.T, path string) {
 	}
 }
 
-// A log that cannot be written does not stop its container.
+// A log that cannot be written neither stops its container nor keeps its end
+// from being told.
 func TestFullLogDisk(t *testing.T) {
 	n := shared(t)
 	dir := t.TempDir()
@@ -351,8 +352,24 @@ func TestFullLogDisk(t *testing.T) {
 		}
 	})
 	p := runPod(t, n, func(c *cri.PodSandboxConfig) { c.LogDirectory = dir })
-	c := p.sh("i=0; while [ $i -lt 4000 ]; do echo 0123456789012345678901234567890123456789; i=$((i+1)); done; exit 6")
-	if st := c.ended(); st.ExitCode != 6 {
-		t.Errorf("exit code %d, not 6", st.ExitCode)
+	few := p.sh("sleep 0.5; echo the last words; exit 5")
+	fill(t, filepath.Join(dir, "filler"))
+	for _, c := range []struct {
+		name string
+		c    *container
+		exit int32
+		end  time.Duration // it writes more than the pipe to the log holds, and waits
+	}{
+		{"a few words", few, 5, 3 * time.Second},
+		{"many words", p.sh("i=0; while [ $i -lt 4000 ]; do echo 0123456789012345678901234567890123456789; i=$((i+1)); done; exit 6"), 6, 8 * time.Second},
+	} {
+		began := time.Now()
+		st := c.c.ended()
+		if st.ExitCode != c.exit {
+			t.Errorf("%s: exit code %d, not %d", c.name, st.ExitCode, c.exit)
+		}
+		if took := time.Since(began); took > c.end {
+			t.Errorf("%s: the end was told after %v", c.name, took)
+		}
 	}
 }
