@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -14,6 +15,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	profile "github.com/containerd/containerd/v2/contrib/apparmor"
@@ -186,19 +188,15 @@ func loadAppArmor(cfg config.Config, log *slog.Logger) {
 	}
 }
 
-// listen makes the socket, which only root may use, in place of a stale one.
+// listen makes the socket, which only root may use, in place of one that
+// nobody serves any more.
 func listen(ctx context.Context, address string) (net.Listener, error) {
 	path := strings.TrimPrefix(address, "unix://")
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("make the socket's folder: %w", err)
 	}
-	dialer := net.Dialer{Timeout: answerTime} // a daemon that hangs is one, too
-	if c, err := dialer.DialContext(ctx, "unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("remove the stale socket: %w", err)
+	if err := removeStale(ctx, path); err != nil {
+		return nil, err
 	}
 	lis, err := net.Listen("unix", path)
 	if err != nil {
@@ -209,6 +207,29 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 		return nil, fmt.Errorf("restrict the socket: %w", err)
 	}
 	return lis, nil
+}
+
+// removeStale removes the socket of a daemon that is gone. Any answer but a
+// refusal may be that of one that lives, such as one too busy to accept.
+func removeStale(ctx context.Context, path string) error {
+	dialer := net.Dialer{Timeout: answerTime}
+	c, err := dialer.DialContext(ctx, "unix", path)
+	switch {
+	case err == nil:
+		c.Close()
+		return fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case !errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("find out whether another daemon serves %s: %w; if none does, remove it", path, err)
+	}
+	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("%s is there and is no socket; remove it, or choose another --address", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the stale socket: %w", err)
+	}
+	return nil
 }
 
 func imageOptions(cfg config.Config, log *slog.Logger) image.Options {
