@@ -272,7 +272,8 @@ func TestStdinOnceEndsWithItsClient(t *testing.T) {
 }
 
 func TestAttachToATerminal(t *testing.T) {
-	c := runPod(t, shared(t)).sh("while :; do read x; stty size; done", func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true })
+	c := runPod(t, shared(t)).sh("echo the beginning; while :; do read x; stty size; done", func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true })
+	c.waitLog("the beginning")
 	var out output
 	in, keys := io.Pipe()
 	size := make(sizes, 1)
@@ -288,6 +289,9 @@ func TestAttachToATerminal(t *testing.T) {
 		_, err := keys.Write([]byte("\r"))
 		return err == nil && strings.Contains(out.String(), "22 77")
 	})
+	if !strings.Contains(out.String(), "the beginning") {
+		t.Errorf("what was written before the client came is lost: %q", out.String())
+	}
 	cancel()
 	<-done
 	if st := c.status(); st.State != cri.ContainerState_CONTAINER_RUNNING {

@@ -51,9 +51,9 @@ const (
 	logPatience = 3 * time.Second
 	// flushPatience is how long it may keep a container's end from being told.
 	flushPatience = time.Second
-	retryTime   = time.Second
-	minBackoff  = 50 * time.Millisecond
-	maxBackoff  = 2 * time.Second
+	retryTime     = time.Second
+	minBackoff    = 50 * time.Millisecond
+	maxBackoff    = 2 * time.Second
 )
 
 // Start begins to carry. The stream ends when everybody closed the writing
