@@ -238,7 +238,7 @@ func imageOptions(cfg config.Config, log *slog.Logger) image.Options {
 		ConfigPath: cfg.Images.Registry.ConfigPath, Headers: cfg.Images.Registry.Headers,
 		MaxConcurrentDownloads: cfg.Images.MaxConcurrentDownloads,
 		ProgressTimeout:        cfg.Images.ImagePullProgressTimeout.Duration,
-		DiscardUnpackedLayers:  cfg.Images.DiscardUnpackedLayers, Log: log,
+		DiscardUnpackedLayers:  cfg.Images.DiscardUnpackedLayers, SyncFS: cfg.Images.ImagePullWithSyncFS, Log: log,
 	}
 	for _, ref := range cfg.Images.PinnedImages {
 		o.Pinned = append(o.Pinned, ref)
