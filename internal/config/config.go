@@ -87,6 +87,9 @@ type Images struct {
 	MaxConcurrentDownloads int `toml:"max_concurrent_downloads"`
 	// ImagePullProgressTimeout ends a pull during which no byte arrived for so long; 0 never does.
 	ImagePullProgressTimeout Duration `toml:"image_pull_progress_timeout"`
+	// ImagePullWithSyncFS writes the file system through to the disk after each
+	// layer, so that a power cut leaves no layer with empty files. Slower.
+	ImagePullWithSyncFS bool `toml:"image_pull_with_sync_fs"`
 }
 
 // RuntimePlatform is one table of Images.RuntimePlatforms.

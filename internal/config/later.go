@@ -38,7 +38,6 @@ func laterKeys() map[string]string {
 		images + "disable_snapshot_annotations":  "remote snapshotters come later",
 		images + "image_decryption":              "image decryption comes later",
 		images + "concurrent_layer_fetch_buffer": "a layer is fetched with one request",
-		images + "image_pull_with_sync_fs":       "unpacked layers are not synced",
 		images + "use_local_image_pull":          "there is one way to pull",
 		images + "registry.mirrors":              "use hosts.toml under config_path",
 		images + "registry.configs":              "use hosts.toml under config_path; credentials come from kubelet",

@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -162,9 +163,10 @@ func (c *Client) Handlers() []*Handler {
 	return hs
 }
 
-// Lookup gives the handler called name without asking whether it works.
+// Lookup gives the handler called name, "" being the one that is configured as
+// the default, without asking whether it works.
 func (c *Client) Lookup(name string) (*Handler, error) {
-	h := c.handlers[name]
+	h := c.handlers[cmp.Or(name, c.o.Default)]
 	if h == nil {
 		return nil, fmt.Errorf("runtime handler %q is not configured; there are %s: %w",
 			name, strings.Join(c.names(), ", "), errdefs.ErrInvalidArgument)

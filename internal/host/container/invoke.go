@@ -25,11 +25,14 @@ type invocation struct {
 	streams host.Streams
 }
 
-// commandTime bounds an invocation whose caller set no earlier deadline.
+// commandTime bounds an invocation.
 const commandTime = 2 * time.Minute
 
-// command runs the runtime for a task.
+// command runs the runtime for a task. A caller that goes away does not cut
+// it off: a runtime that is killed midway leaves neither a container nor none.
 func (b *Backend) command(ctx context.Context, t *host.TaskSpec, i invocation) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandTime)
+	defer cancel()
 	r, err := b.runtime(t.Runtime.Binary)
 	if err != nil {
 		return err
