@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -107,20 +106,7 @@ func TestSuitePTP(t *testing.T) { networktest.Run(t, subject(ptpList, "0.3.1", "
 // TestSuiteEverything runs on a node that drops what it forwards.
 func TestSuiteEverything(t *testing.T) {
 	networktest.RequireNode(t)
-	for _, ipt := range []string{"iptables", "ip6tables"} {
-		if _, err := exec.LookPath(ipt); err != nil {
-			t.Skip("iptables is not installed, which is asked to drop:", err)
-		}
-		if out, err := exec.Command(ipt, "-P", "FORWARD", "DROP").CombinedOutput(); err != nil {
-			t.Fatalf("%s: %v: %s", ipt, err, out)
-		}
-		// br_netfilter may be on: pods of one bridge are forwarded, too.
-		t.Cleanup(func() {
-			if out, err := exec.Command(ipt, "-P", "FORWARD", "ACCEPT").CombinedOutput(); err != nil {
-				t.Errorf("%s: %v: %s", ipt, err, out)
-			}
-		})
-	}
+	networktest.DropForwarded(t)
 	networktest.Run(t, subject(everyList, "1.1.0", "cltest2"))
 }
 
