@@ -389,3 +389,26 @@ func TestBadRequests(t *testing.T) {
 		}
 	}
 }
+
+// What cannot be attached can still be detached, or its pod would stay for
+// ever.
+func TestNamesThatCannotBePassed(t *testing.T) {
+	networktest.RequireNode(t)
+	dir := t.TempDir()
+	write(t, filepath.Join(confDir(dir), "10.conflist"), fmt.Sprintf(bridgeList, dir, "1.0.0"), 0o644)
+	a := start(t, dir)
+	defer shut(t, a)
+	for _, bad := range []string{"a=b;c=d", "a\nb", "a\x00b"} {
+		for field, r := range map[string]network.Request{
+			"namespace": {ID: "n", Namespace: bad}, "name": {ID: "n", Name: bad}, "uid": {ID: "n", UID: bad},
+		} {
+			r.NetNS = networktest.NewNetNS(t).Path()
+			if _, err := a.Attach(deadline(t), r); !errdefs.IsInvalidArgument(err) {
+				t.Errorf("attach with %s %q: %v", field, bad, err)
+			}
+			if err := a.Detach(deadline(t), r); err != nil {
+				t.Errorf("detach with %s %q: %v", field, bad, err)
+			}
+		}
+	}
+}
