@@ -44,6 +44,8 @@ func (s *Service) UpdateResources(ctx context.Context, id string, r *runtimeapi.
 		if err := c.task(s).Update(ctx, res); err != nil {
 			return fmt.Errorf("update the resources of container %q: %w", c.record().Config.Metadata.Name, err)
 		}
+	} else {
+		oci.DropUnlimited(res)
 	}
 	spec.Linux.Resources = res
 	if data, err = json.Marshal(&spec); err != nil {

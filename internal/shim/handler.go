@@ -93,6 +93,7 @@ type Options struct {
 // Client knows the handlers of the node and their shims.
 type Client struct {
 	o         Options
+	self      string // this program, which external shims are told of
 	container *resident
 	handlers  map[string]*Handler
 	log       *slog.Logger
@@ -118,7 +119,11 @@ type Handler struct {
 // New starts probing all handlers in the background; Close ends it. Running
 // shims are not touched by Close.
 func New(o Options) (*Client, error) {
-	c := &Client{o: o, log: o.Log, handlers: map[string]*Handler{}, externals: map[string]*external{}}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("find this program: %w", err)
+	}
+	c := &Client{o: o, self: self, log: o.Log, handlers: map[string]*Handler{}, externals: map[string]*external{}}
 	c.container = newResident(filepath.Join(o.State, "container"), o.Binary, o.LogLevel, o.Log)
 	ctx, cancel := context.WithCancel(context.Background())
 	c.cancel = cancel
