@@ -21,6 +21,9 @@ type document struct {
 	Debug    debug     `toml:"debug"`
 	Plugins  plugins   `toml:"plugins"`
 	Cloister *Cloister `toml:"cloister"`
+
+	StreamProcessors *map[string]StreamProcessor `toml:"stream_processors"`
+	ProxyPlugins     *map[string]ProxyPlugin     `toml:"proxy_plugins"`
 }
 
 type grpcTable struct {
@@ -36,6 +39,9 @@ type plugins struct {
 	Images    *Images    `toml:"io.containerd.cri.v1.images"`
 	Runtime   *Runtime   `toml:"io.containerd.cri.v1.runtime"`
 	Streaming *Streaming `toml:"io.containerd.grpc.v1.cri"`
+	NRI       *NRI       `toml:"io.containerd.nri.v1.nri"`
+	Transfer  *Transfer  `toml:"io.containerd.transfer.v1.local"`
+	Tasks     *Tasks     `toml:"io.containerd.service.v1.tasks-service"`
 }
 
 // decode lays one file over the configuration and returns its imports.
@@ -53,8 +59,9 @@ func (l *loader) decode(path string, data []byte, main bool) ([]string, error) {
 	c := &l.config
 	doc := document{
 		Root: &c.Root, State: &c.State,
-		Debug:    debug{&c.LogLevel, &c.LogFormat},
-		Plugins:  plugins{&c.Images, &c.Runtime, &c.Streaming},
+		Debug:            debug{&c.LogLevel, &c.LogFormat},
+		Plugins:          plugins{&c.Images, &c.Runtime, &c.Streaming, &c.Plugins.NRI, &c.Plugins.Transfer, &c.Plugins.Tasks},
+		StreamProcessors: &c.StreamProcessors, ProxyPlugins: &c.ProxyPlugins,
 		Cloister: &c.Cloister,
 	}
 	dec := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields()

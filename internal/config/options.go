@@ -17,6 +17,16 @@ type RuncOptions struct {
 	SystemdCgroup bool
 	// NoNewKeyring keeps the session keyring of the caller.
 	NoNewKeyring bool
+	// NoPivotRoot changes the root without pivot_root, for nodes that run from a RAM disk.
+	NoPivotRoot bool
+	// ShimCgroup is the cgroup of the handler's external shims.
+	ShimCgroup string
+	// IoUid and IoGid own the pipes of containers.
+	IoUid, IoGid uint32
+	// CriuImagePath is where checkpoints are written and read.
+	CriuImagePath string
+	// CriuWorkPath is where criu works and logs.
+	CriuWorkPath string
 }
 
 // ShimOptions are the options of a handler with any other shim.
