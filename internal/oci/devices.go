@@ -87,18 +87,11 @@ func (b *builder) own(d *specs.LinuxDevice) {
 	}
 }
 
-// injectCDI edits the finished spec as the vendors' CDI files say. Only the
-// typed field of the request names devices: annotations can come from a
-// checkpoint or an image (CVE-2026-53492).
+// injectCDI edits the finished spec as the vendors' CDI files say.
 func (b *builder) injectCDI() error {
-	var names []string
-	for _, d := range b.in.Config.GetCDIDevices() {
-		if !slices.Contains(names, d.GetName()) {
-			names = append(names, d.GetName())
-		}
-	}
-	if len(names) == 0 {
-		return nil
+	names, err := b.cdiNames()
+	if err != nil || len(names) == 0 {
+		return err
 	}
 	if len(b.in.Node.CDISpecDirs) == 0 {
 		return impossible("CDI_devices", strings.Join(names, " "), "this node has no CDI folders; set cdi_spec_dirs")
@@ -116,6 +109,28 @@ func (b *builder) injectCDI() error {
 		return fmt.Errorf("apply CDI devices: %w", err)
 	}
 	return nil
+}
+
+// cdiNames are the devices of the typed field and, where the administrator
+// trusts them, of the container's annotations. Annotations can come from a
+// checkpoint (CVE-2026-53492), those of a pod from any user, and those of an
+// image from anybody.
+func (b *builder) cdiNames() ([]string, error) {
+	var names []string
+	for _, d := range b.in.Config.GetCDIDevices() {
+		names = append(names, d.GetName())
+	}
+	_, annotated, err := cdi.ParseAnnotations(b.in.Config.GetAnnotations())
+	switch {
+	case b.in.Node.TrustCDIAnnotations && err != nil:
+		return nil, invalid("annotations of the container", cdi.AnnotationPrefix, err.Error())
+	case b.in.Node.TrustCDIAnnotations:
+		names = append(names, annotated...)
+	case len(annotated) > 0:
+		b.warn("CDI devices %s of annotations are ignored: set cdi_annotations in [cloister] to trust them", show(strings.Join(annotated, " ")))
+	}
+	slices.Sort(names)
+	return slices.Compact(names), nil
 }
 
 func checkDevices(cfg *runtimeapi.ContainerConfig) error {

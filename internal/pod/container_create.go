@@ -210,7 +210,8 @@ func (s *Service) specInput(sb *sandbox, c *container, img image.Image, rootfs s
 		Handler: oci.Handler{Name: sb.handler.Name, OCIVersion: f.OCIVersion, SystemdCgroup: rt.SystemdCgroup,
 			RecursiveReadOnly: f.RecursiveReadOnly, IDMappedMounts: f.IDMappedMounts,
 			PrivilegedWithoutHostDevices: rt.NoHostDevices, PrivilegedAllDevices: rt.AllDevices, CgroupWritable: rt.CgroupWritable, PodAnnotations: rt.PodAnnotations,
-			ContainerAnnotations: rt.CtrAnnotations, BaseSpec: rt.BaseSpec},
+			ContainerAnnotations: rt.CtrAnnotations, BaseSpec: rt.BaseSpec,
+			ReadOnlyMounts: rt.ReadOnlyMounts, Rlimits: rt.Rlimits},
 	}
 	if in.Namespaces.IPC == "" {
 		in.Files.Shm = "/dev/shm"

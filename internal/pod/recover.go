@@ -156,7 +156,7 @@ func (s *Service) takeDown(ctx context.Context, sb *sandbox) error {
 			return err
 		}
 	}
-	if err := removeFolder(s.podDir(id)); err != nil {
+	if err := s.removeFolders(sb); err != nil {
 		return err
 	}
 	return s.deleteSandbox(sb)

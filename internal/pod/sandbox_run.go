@@ -24,7 +24,11 @@ func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConf
 	if err := oci.ValidateSandbox(cfg, s.o.Node); err != nil {
 		return "", err
 	}
-	h, err := s.o.Shims.Handler(ctx, handler)
+	name, err := s.handlerName(cfg, handler)
+	if err != nil {
+		return "", err
+	}
+	h, err := s.o.Shims.Handler(ctx, name)
 	if err != nil {
 		return "", err
 	}
@@ -65,7 +69,7 @@ func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, 
 		rec.CgroupParent = s.o.CgroupParent
 	}
 	if ns.GetNetwork() != runtimeapi.NamespaceMode_NODE {
-		rec.NetNS, rec.NetworkUp = filepath.Join(s.podDir(id), "ns", "net"), true
+		rec.NetNS, rec.NetworkUp = s.netNSPath(id), true
 	}
 	if u := userNamespace(cfg); u != nil {
 		rec.UIDs, rec.GIDs = mappings(u.Uids), mappings(u.Gids)
@@ -169,7 +173,7 @@ func sandboxNamespaces(dir string, sb *sandbox) namespaces {
 	o := sb.record().Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	node := runtimeapi.NamespaceMode_NODE
 	return namespaces{
-		dir:  filepath.Join(dir, "ns"),
+		dir:  filepath.Join(dir, "ns"), netPath: sb.record().NetNS,
 		net:  o.GetNetwork() != node,
 		uts:  o.GetNetwork() != node, // the node's network goes with the node's name
 		ipc:  o.GetIpc() != node,
@@ -186,7 +190,7 @@ func (s *Service) shimRequest(sb *sandbox) shim.SandboxRequest {
 	if n.user {
 		r.UserNS = n.path("user")
 	}
-	if parent := sb.record().Config.GetLinux().GetCgroupParent(); parent != "" && sb.record().SharePID && !sb.handler.Runtime.SystemdCgroup {
+	if parent := sb.record().Config.GetLinux().GetCgroupParent(); parent != "" && sb.record().SharePID && !sb.handler.Runtime.SystemdCgroup && !s.o.Node.CgroupDisabled {
 		r.Cgroup = filepath.Join(parent, sb.record().ID)
 	}
 	return r

@@ -111,7 +111,7 @@ func (s *Service) removeSandbox(ctx context.Context, sb *sandbox) error {
 	if err := sb.handler.ShutdownSandbox(ctx, id, s.podDir(id)); err != nil {
 		return fmt.Errorf("shut down pod %s on its shim: %w", sb.record().Name, err)
 	}
-	if err := removeFolder(s.podDir(id)); err != nil {
+	if err := s.removeFolders(sb); err != nil {
 		return err
 	}
 	if err := s.deleteSandbox(sb); err != nil {

@@ -32,9 +32,15 @@ type Options struct {
 	// oci.DefaultCgroup.
 	CgroupParent string
 
+	// NetNSDir is where network namespaces are pinned; empty: in the folder of
+	// each pod, below State.
+	NetNSDir string
+
 	LogMaxLine         int64 // bytes, see shim.TaskRequest
 	IgnoreImageVolumes bool
-	DrainExecSync      time.Duration      // bounds the wait for output of an exec that ended; 0: drainTime
+	// DrainExecSync bounds the wait for output of an ExecSync that ended, which
+	// a child of it may hold open; 0: as long as the caller waits.
+	DrainExecSync      time.Duration
 	StatsPeriod        time.Duration      // statistics are no older than this
 	VerboseInfo        map[string]any     // the configuration, as Status shows it
 	Conditions         func() []Condition // further conditions of Status

@@ -14,6 +14,7 @@ import (
 	"sync"
 
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 
 	hostv1 "cloister.dev/api/host/v1"
 )
@@ -26,6 +27,10 @@ type Runtime struct {
 	Root           string // state folder of the OCI runtime
 	SystemdCgroup  bool
 	NoNewKeyring   bool
+	NoPivotRoot    bool
+	NoCgroup       bool           // the node's cgroups are left alone
+	ShimCgroup     string         // of external shims of runc's kind
+	IOUid, IOGid   uint32         // own the pipes of containers; 0: root of the pod
 	ForceExternal  bool           // use containerd-shim-… even for a type that the resident shim serves
 	Options        map[string]any // all options of the table, for external shims
 	ConfigPath     string         // options.ConfigPath of external shims other than runc's
@@ -38,6 +43,8 @@ type Runtime struct {
 	NoHostDevices  bool // privileged_without_host_devices
 	AllDevices     bool // …_all_devices_allowed
 	CgroupWritable bool
+	ReadOnlyMounts string // treat_ro_mounts_as_rro
+	Rlimits        []specs.POSIXRlimit
 }
 
 // containerType is the runtime_type that the resident container backend serves.
