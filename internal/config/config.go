@@ -50,6 +50,8 @@ type Config struct {
 	Cgroup          Cgroup
 	Cloister        Cloister
 
+	// Warnings are about keys of the files that are old, or have no effect.
+	Warnings []Warning
 	// Files are the files that were read, in order; empty when none was there.
 	Files []string
 	// Ephemeral comes from the command line: a clean stop also ends the resident

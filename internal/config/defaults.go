@@ -30,7 +30,8 @@ func Default() Config {
 			Port:              "0",
 			IdleTimeout:       Duration{4 * time.Hour},
 		},
-		Plugins: defaultPlugins(),
+		Plugins:  defaultPlugins(),
+		Timeouts: containerdTimeouts(),
 		Cloister: Cloister{
 			Network: "cni",
 			BuiltinNetwork: BuiltinNetwork{
@@ -94,9 +95,24 @@ func defaultPlugins() Plugins {
 		Restart:     Restart{Interval: Duration{10 * time.Second}},
 		Tracing:     Tracing{SamplingRatio: 1, ServiceName: "containerd"},
 		GRPC:        GRPCServer{MaxRecvMessageSize: maxMessage, MaxSendMessageSize: maxMessage},
+		TTRPC:       SocketServer{Address: "/run/containerd/containerd.sock.ttrpc"},
 		TCP:         TCPServer{MaxRecvMessageSize: maxMessage, MaxSendMessageSize: maxMessage},
 	}
 }
 
 // maxMessage is what kubelet and containerd agree on.
 const maxMessage = 16 << 20
+
+// containerdTimeouts are what containerd writes into a file of defaults.
+func containerdTimeouts() map[string]Duration {
+	const prefix = "io.containerd.timeout."
+	return map[string]Duration{
+		prefix + "bolt.open":         {},
+		prefix + "cri.defercleanup":  {time.Minute},
+		prefix + "metrics.shimstats": {2 * time.Second},
+		prefix + "shim.cleanup":      {5 * time.Second},
+		prefix + "shim.load":         {5 * time.Second},
+		prefix + "shim.shutdown":     {3 * time.Second},
+		prefix + "task.state":        {2 * time.Second},
+	}
+}

@@ -59,8 +59,6 @@ type Runtime struct {
 type CNI struct {
 	// BinDirs are the folders with plugin programs, the first hit wins.
 	BinDirs []string `toml:"bin_dirs" since:"2.1"`
-	// BinDir is the older form with one folder in place of BinDirs.
-	BinDir string `toml:"bin_dir" since:"1.1"`
 	// ConfDir is the folder with *.conflist and *.conf files, watched for changes.
 	ConfDir string `toml:"conf_dir" since:"1.1"`
 	// MaxConfNum is how many of those files make networks of a pod; 0 takes all.
@@ -72,7 +70,8 @@ type CNI struct {
 	ConfTemplate string `toml:"conf_template" since:"1.1"`
 	// IPPref chooses the pod's primary address: "" or "ipv4", "ipv6", or "cni" for the plugins' order.
 	IPPref string `toml:"ip_pref" since:"1.6"`
-	// UseInternalLoopback sets lo up without the loopback plugin.
+	// UseInternalLoopback sets lo up without the loopback plugin. It is done so
+	// in either case: pods cannot tell.
 	UseInternalLoopback bool `toml:"use_internal_loopback" since:"2.1"`
 }
 
