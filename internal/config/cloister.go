@@ -10,6 +10,11 @@ type Cloister struct {
 	CgroupDriver string `toml:"cgroup_driver"`
 	// DisableCgroup puts no container into a cgroup of its own: nothing is limited.
 	DisableCgroup bool `toml:"disable_cgroup"`
+	// CDIAnnotations takes CDI devices from annotations of containers too, as old
+	// device plugins name them, and not only from the field of the request.
+	CDIAnnotations bool `toml:"cdi_annotations"`
+	// Handlers are settings of runtime handlers, by name.
+	Handlers map[string]HandlerLimits `toml:"handlers"`
 	// Shim is the path of cloister-shim. Empty: beside the daemon's own program, then PATH.
 	Shim string `toml:"shim"`
 }

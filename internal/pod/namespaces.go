@@ -20,7 +20,7 @@ import (
 // are pinned. A namespace lives as long as its pin: no process holds it.
 type namespaces struct {
 	dir      string // holds one file a namespace
-	netPath  string // that of the network namespace, which may lie elsewhere
+	netPath  string // that of the network namespace, should it lie elsewhere
 	net, ipc bool
 	uts      bool
 	user     bool
@@ -31,7 +31,7 @@ type namespaces struct {
 }
 
 func (n namespaces) path(kind string) string {
-	if kind == "net" {
+	if kind == "net" && n.netPath != "" {
 		return n.netPath
 	}
 	return filepath.Join(n.dir, kind)
@@ -83,7 +83,7 @@ func (n namespaces) pin() error {
 		return fmt.Errorf("make the folder of the namespaces: %w", err)
 	}
 	if n.net {
-		if err := os.MkdirAll(filepath.Dir(n.netPath), 0o755); err != nil {
+		if err := os.MkdirAll(filepath.Dir(n.path("net")), 0o755); err != nil {
 			return fmt.Errorf("make the folder of network namespaces: %w", err)
 		}
 	}

@@ -173,7 +173,7 @@ func sandboxNamespaces(dir string, sb *sandbox) namespaces {
 	o := sb.record().Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	node := runtimeapi.NamespaceMode_NODE
 	return namespaces{
-		dir:  filepath.Join(dir, "ns"), netPath: sb.record().NetNS,
+		dir: filepath.Join(dir, "ns"), netPath: sb.record().NetNS,
 		net:  o.GetNetwork() != node,
 		uts:  o.GetNetwork() != node, // the node's network goes with the node's name
 		ipc:  o.GetIpc() != node,
@@ -228,7 +228,7 @@ func (s *Service) watchHolder(sb *sandbox) {
 func (s *Service) networkRequest(sb *sandbox) network.Request {
 	cfg := sb.record().Config
 	r := network.Request{
-		ID: sb.record().ID, Namespace: cfg.Metadata.Namespace, Name: cfg.Metadata.Name, UID: cfg.Metadata.Uid, NetNS: sb.record().NetNS,
+		ID: sb.record().ID, Handler: sb.handler.Name, Namespace: cfg.Metadata.Namespace, Name: cfg.Metadata.Name, UID: cfg.Metadata.Uid, NetNS: sb.record().NetNS,
 		CgroupPath: cfg.GetLinux().GetCgroupParent(), Labels: cfg.Labels, Annotations: cfg.Annotations, Cached: sb.record().Network,
 		Bandwidth: bandwidth(cfg.Annotations),
 	}

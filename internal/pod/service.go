@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
@@ -40,10 +41,11 @@ type Options struct {
 	IgnoreImageVolumes bool
 	// DrainExecSync bounds the wait for output of an ExecSync that ended, which
 	// a child of it may hold open; 0: as long as the caller waits.
-	DrainExecSync      time.Duration
-	StatsPeriod        time.Duration      // statistics are no older than this
-	VerboseInfo        map[string]any     // the configuration, as Status shows it
-	Conditions         func() []Condition // further conditions of Status
+	DrainExecSync time.Duration
+	StatsPeriod   time.Duration              // statistics are no older than this
+	PodRanges     func([]netip.Prefix) error // takes the node's pod ranges; nil: nobody wants them
+	VerboseInfo   map[string]any             // the configuration, as Status shows it
+	Conditions    func() []Condition         // further conditions of Status
 }
 
 // Condition is a fact about the daemon that Status reports.

@@ -40,7 +40,7 @@ func (a *Attacher) Attach(ctx context.Context, r network.Request) (*network.Resu
 	if err := checkRequest(r); err != nil {
 		return nil, fmt.Errorf("attach sandbox %.80s: %w", r.ID, err)
 	}
-	networks, err := a.inForce()
+	networks, err := a.folderOf(r.Handler).inForce()
 	if err != nil {
 		return nil, fmt.Errorf("attach sandbox %s: %w", r.ID, err)
 	}
@@ -290,7 +290,7 @@ func (a *Attacher) attachment(r network.Request) (record, []confNetwork, error) 
 		networks, err := stored.networks()
 		return *stored, networks, err
 	}
-	networks, err := a.inForce()
+	networks, err := a.folderOf(r.Handler).inForce()
 	if err != nil {
 		a.log.Warn("detaching without a network configuration", "sandbox", r.ID, "err", err)
 		networks = nil

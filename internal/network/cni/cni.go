@@ -18,6 +18,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -36,7 +37,11 @@ type Options struct {
 	ConfDir string   // default /etc/cni/net.d
 	BinDirs []string // default /opt/cni/bin
 	// MaxConfNum is how many files of the folder are used, by name; 0: all.
-	MaxConfNum    int
+	MaxConfNum int
+	// Handlers have folders of their own in place of ConfDir, by the handler's name.
+	Handlers map[string]Folder
+	// ConfTemplate is a Go template of a file in ConfDir; see SetPodRanges.
+	ConfTemplate  string
 	SetupSerially bool
 	// IPPref is which address of the pod comes first: "ipv4" (or ""), "ipv6",
 	// or "cni" for the plugins' order.
@@ -55,13 +60,9 @@ type Attacher struct {
 	lib     *libcni.CNIConfig
 	plugins *plugin.Set
 	records records
-	watch   *watcher
-
-	mu       sync.Mutex
-	networks []confNetwork // replaced, never changed
-	loadErr  error
-
-	status statusCache
+	main    *folder            // of handlers that have none of their own
+	folders map[string]*folder // by handler
+	ranges  sync.Mutex         // one SetPodRanges at a time; held while it writes
 }
 
 var _ network.Attacher = (*Attacher)(nil)
@@ -84,12 +85,28 @@ func New(o Options) (_ *Attacher, err error) {
 	}
 	a.plugins = plugin.New(a.node, a.rules, o.Log)
 	a.lib = libcni.NewCNIConfigWithCacheDir(o.BinDirs, o.CacheDir, &executor{plugins: a.plugins, path: o.BinDirs})
-	a.Reload()
-	if a.watch, err = watch(o.ConfDir, a.Reload); err != nil {
-		// Without it the folder is read when there is need.
-		a.log.Warn("changes of the cni config folder will not be noticed", "dir", o.ConfDir, "err", err)
+	a.main = openFolder(Folder{Dir: o.ConfDir, MaxConfNum: o.MaxConfNum}, o.Log)
+	a.folders = map[string]*folder{}
+	for handler, f := range o.Handlers {
+		a.folders[handler] = openFolder(f, o.Log)
 	}
 	return a, nil
+}
+
+// folderOf gives the folder with the networks of a handler.
+func (a *Attacher) folderOf(handler string) *folder {
+	if f := a.folders[handler]; f != nil {
+		return f
+	}
+	return a.main
+}
+
+func (a *Attacher) allFolders() []*folder {
+	all := []*folder{a.main}
+	for _, handler := range slices.Sorted(maps.Keys(a.folders)) {
+		all = append(all, a.folders[handler])
+	}
+	return all
 }
 
 func complete(o Options) (Options, error) {
@@ -108,8 +125,10 @@ func complete(o Options) (Options, error) {
 	if o.CacheDir == "" {
 		o.CacheDir = filepath.Join(o.StateDir, "cache")
 	}
-	if o.MaxConfNum < 0 {
-		return o, fmt.Errorf("max_conf_num %d is negative: %w", o.MaxConfNum, errdefs.ErrInvalidArgument)
+	for _, n := range append(slices.Collect(maps.Values(o.Handlers)), Folder{MaxConfNum: o.MaxConfNum}) {
+		if n.MaxConfNum < 0 {
+			return o, fmt.Errorf("max_conf_num %d is negative: %w", n.MaxConfNum, errdefs.ErrInvalidArgument)
+		}
 	}
 	switch o.IPPref {
 	case "", "ipv4", "ipv6", "cni":
@@ -125,61 +144,29 @@ func tableName(stateDir string) string {
 	return "cloister-cni-" + hex.EncodeToString(sum[:4])
 }
 
-// Reload reads the configuration folder. It is called by itself on changes.
+// Reload reads the configuration folders. It is called by itself on changes.
 func (a *Attacher) Reload() {
-	networks, err := loadFolder(a.o.ConfDir, a.o.MaxConfNum)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.loadErr = err
-	if err != nil {
-		a.log.Error("cni config not loaded", "dir", a.o.ConfDir, "in_force", len(a.networks), "err", err)
-		return
+	for _, f := range a.allFolders() {
+		f.reload()
 	}
-	if !slices.EqualFunc(networks, a.networks, func(x, y confNetwork) bool { return x.file == y.file && string(x.raw) == string(y.raw) }) {
-		var files []string
-		for _, n := range networks {
-			files = append(files, n.file)
-		}
-		a.log.Info("cni config loaded", "files", files)
-	}
-	a.networks = networks
-	a.status.forget()
 }
 
-// LoadError is why the newest state of the configuration folder is not in
+// LoadError is why the newest state of the configuration folders is not in
 // force, or nil.
 func (a *Attacher) LoadError() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.loadErr
-}
-
-// inForce returns the networks, reading the folder again while there are none.
-func (a *Attacher) inForce() ([]confNetwork, error) {
-	get := func() ([]confNetwork, error) {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		return a.networks, a.loadErr
+	var errs []error
+	for _, f := range a.allFolders() {
+		_, err := f.get()
+		errs = append(errs, err)
 	}
-	networks, err := get()
-	if len(networks) == 0 {
-		a.Reload()
-		networks, err = get()
-	}
-	switch {
-	case len(networks) > 0:
-		return networks, nil
-	case err != nil:
-		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
-	}
-	return nil, fmt.Errorf("cni config not found in %s: put a .conflist there or set network = \"builtin\": %w", a.o.ConfDir, errdefs.ErrUnavailable)
+	return errors.Join(errs...)
 }
 
 // Close implements network.Attacher.
 func (a *Attacher) Close() error {
 	var err error
-	if a.watch != nil {
-		err = a.watch.close()
+	for _, f := range a.allFolders() {
+		err = errors.Join(err, f.close())
 	}
 	return errors.Join(err, a.node.Close(), a.rules.Close())
 }
@@ -188,13 +175,14 @@ func (a *Attacher) Close() error {
 // node; Detach only cuts them off.
 func (a *Attacher) Settle(ctx context.Context) error { return a.node.Settle(ctx) }
 
-// Networks lists the files in force, by name.
+// Networks lists the files in force, by name, those of handlers last.
 func (a *Attacher) Networks() []string {
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	var out []string
-	for _, n := range a.networks {
-		out = append(out, n.file)
+	for _, f := range a.allFolders() {
+		networks, _ := f.get()
+		for _, n := range networks {
+			out = append(out, n.file)
+		}
 	}
 	return out
 }

@@ -216,7 +216,7 @@ exit 0`)
 		if c.file != "" {
 			write(t, filepath.Join(dir, c.file), "", 0o644)
 		}
-		a.status.forget()
+		a.main.status.forget()
 		err := a.Ready()
 		if (err == nil) != c.ready {
 			t.Errorf("%q: ready: %v", c.file, err)

@@ -37,9 +37,11 @@ func (c *statusCache) forget() {
 }
 
 // Ready implements network.Attacher: there is a configuration, its programs
-// are there, and those that can tell say that they are ready.
+// are there, and those that can tell say that they are ready. A handler's own
+// folder counts when a pod of that handler is attached.
 func (a *Attacher) Ready() error {
-	networks, err := a.inForce()
+	f := a.main
+	networks, err := f.inForce()
 	if err != nil {
 		return err
 	}
@@ -49,13 +51,13 @@ func (a *Attacher) Ready() error {
 			return fmt.Errorf("cni: %w", err)
 		}
 	}
-	a.status.mu.Lock()
-	defer a.status.mu.Unlock()
-	if time.Since(a.status.when) > statusAge {
-		a.status.err = a.askStatus(networks)
-		a.status.when = time.Now()
+	f.status.mu.Lock()
+	defer f.status.mu.Unlock()
+	if time.Since(f.status.when) > statusAge {
+		f.status.err = a.askStatus(networks)
+		f.status.when = time.Now()
 	}
-	return a.status.err
+	return f.status.err
 }
 
 // askStatus runs STATUS, which version 1.1.0 of the specification brought.
@@ -97,7 +99,7 @@ func (a *Attacher) Allocations(ctx context.Context) ([]string, error) {
 // force in host-local's files: also those of other runtimes, so it is for
 // reports and not for cleaning up.
 func (a *Attacher) AddressHolders() ([]string, error) {
-	networks, err := a.inForce()
+	networks, err := a.allInForce()
 	if errdefs.IsUnavailable(err) {
 		return nil, nil
 	}
@@ -125,7 +127,7 @@ func (a *Attacher) AddressHolders() ([]string, error) {
 // GC has the plugins give back what belongs to none of the sandboxes. It must
 // not run while another runtime shares the networks.
 func (a *Attacher) GC(ctx context.Context, keep []string) error {
-	networks, err := a.inForce()
+	networks, err := a.allInForce()
 	if err != nil {
 		return fmt.Errorf("collect network garbage: %w", err)
 	}
