@@ -12,16 +12,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
 	profile "github.com/containerd/containerd/v2/contrib/apparmor"
 	"github.com/containerd/containerd/v2/pkg/apparmor"
-	"github.com/containerd/containerd/v2/pkg/seccomp"
 	containerdlog "github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
-	"github.com/opencontainers/selinux/go-selinux"
 	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 
@@ -233,7 +230,14 @@ func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) 
 		return builtin.New(o)
 	}
 	c := cfg.Runtime.CNI
+	handlers := map[string]cni.Folder{}
+	for name, h := range cfg.Runtime.Containerd.Runtimes {
+		if h.CNIConfDir != "" {
+			handlers[name] = cni.Folder{Dir: h.CNIConfDir, MaxConfNum: h.CNIMaxConfNum}
+		}
+	}
 	return cni.New(cni.Options{ConfDir: c.ConfDir, BinDirs: c.BinDirs, MaxConfNum: c.MaxConfNum, SetupSerially: c.SetupSerially,
+		Handlers: handlers, ConfTemplate: c.ConfTemplate,
 		IPPref: c.IPPref, CacheDir: filepath.Join(cfg.Root, "cni"), StateDir: filepath.Join(cfg.Root, "network"), Log: log})
 }
 
@@ -247,6 +251,10 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 	if len(cfg.Runtime.Containerd.Runtimes) == 0 {
 		for name, r := range shim.Found() {
 			r.SystemdCgroup = cfg.Cloister.CgroupDriver == "systemd"
+			r.NoCgroup = cfg.Cloister.DisableCgroup
+			if r.Rlimits, err = rlimits(cfg, name); err != nil {
+				return o, err
+			}
 			o.Runtimes[name] = r
 		}
 	}
@@ -254,7 +262,10 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 		r := shim.Runtime{Type: h.RuntimeType, Path: h.RuntimePath, Options: h.Options, Snapshotter: snapshotter(cfg, name, h),
 			BaseSpec: h.BaseRuntimeSpec, PodAnnotations: h.PodAnnotations, CtrAnnotations: h.ContainerAnnotations,
 			NoHostDevices: h.PrivilegedWithoutHostDevices, AllDevices: h.PrivilegedWithoutHostDevicesAllDevicesAllowed,
-			CgroupWritable: h.CgroupWritable}
+			CgroupWritable: h.CgroupWritable, ReadOnlyMounts: h.TreatROMountsAsRRO, NoCgroup: cfg.Cloister.DisableCgroup}
+		if r.Rlimits, err = rlimits(cfg, name); err != nil {
+			return o, err
+		}
 		if h.IsRunc() {
 			ro, err := h.RuncOptions()
 			if err != nil {
@@ -262,6 +273,7 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 			}
 			r.Type = config.RuncType
 			r.Binary, r.Root, r.SystemdCgroup, r.NoNewKeyring = ro.BinaryName, ro.Root, ro.SystemdCgroup, ro.NoNewKeyring
+			r.NoPivotRoot, r.ShimCgroup, r.IOUid, r.IOGid = ro.NoPivotRoot, ro.ShimCgroup, ro.IoUID, ro.IoGID
 		} else {
 			so, err := h.ShimOptions()
 			if err != nil {
@@ -303,14 +315,21 @@ func shimProgram(configured string) (string, error) {
 
 func podOptions(cfg config.Config, log *slog.Logger, images *image.Store, net network.Attacher, shims *shim.Client) pod.Options {
 	r := cfg.Runtime
-	return pod.Options{
-		Root: cfg.Root, State: cfg.State, Images: images, Network: net, Shims: shims, Node: node(r), Log: log,
+	o := pod.Options{
+		Root: cfg.Root, State: cfg.State, Images: images, Network: net, Shims: shims, Node: node(cfg, log), Log: log,
 		CgroupParent: cgroupParent(cfg.State),
 		LogMaxLine:   int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
 		DrainExecSync: r.DrainExecSyncIOTimeout.Duration, StatsPeriod: r.StatsCollectPeriod.Duration,
 		VerboseInfo: map[string]any{"stateDir": cfg.State, "rootDir": cfg.Root, "address": cfg.Address,
 			"network": cfg.Cloister.Network, "snapshotter": cfg.Images.Snapshotter, "files": cfg.Files},
 	}
+	if !r.NetNSMountsUnderStateDir {
+		o.NetNSDir = "/var/run/netns"
+	}
+	if c, ok := net.(*cni.Attacher); ok {
+		o.PodRanges = c.SetPodRanges
+	}
+	return o
 }
 
 // cgroupParent keeps the cgroups of daemons apart that run side by side.
@@ -320,28 +339,6 @@ func cgroupParent(state string) string {
 	}
 	h := sha256.Sum256([]byte(state))
 	return oci.DefaultCgroup + "-" + hex.EncodeToString(h[:4])
-}
-
-// node finds out what the machine is.
-func node(r config.Runtime) oci.Node {
-	n := oci.Node{
-		CgroupV2: osutil.CgroupV2(), Seccomp: seccomp.IsEnabled(),
-		AppArmor:           apparmor.HostSupports() && !r.DisableAppArmor,
-		SELinux:            r.EnableSELinux && selinux.GetEnabled(),
-		SeccompProfileRoot: "/var/lib/kubelet/seccomp",
-		RestrictOOMScore:   r.RestrictOOMScoreAdj, HugetlbTolerated: r.TolerateMissingHugetlbController,
-		HugetlbDisabled:   r.DisableHugetlbController,
-		DefaultSeccomp:    r.UnsetSeccompProfile,
-		UnprivilegedPorts: r.EnableUnprivilegedPorts, UnprivilegedICMP: r.EnableUnprivilegedICMP,
-		DeviceOwnership: r.DeviceOwnershipFromSecurityContext,
-	}
-	if r.EnableCDI {
-		n.CDISpecDirs = r.CDISpecDirs
-	}
-	if b, err := os.ReadFile("/proc/self/oom_score_adj"); err == nil {
-		n.DaemonOOMScore, _ = strconv.Atoi(strings.TrimSpace(string(b)))
-	}
-	return n
 }
 
 func streamOptions(cfg config.Config, log *slog.Logger) stream.Options {

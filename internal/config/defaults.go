@@ -74,6 +74,7 @@ func defaultRuntime() Runtime {
 		NetNSMountsUnderStateDir:         true,
 		EnableCDI:                        true,
 		CDISpecDirs:                      []string{"/etc/cdi", "/var/run/cdi"},
+		DrainExecSyncIOTimeout:           Duration{10 * time.Second},
 		StatsCollectPeriod:               Duration{time.Second},
 	}
 }

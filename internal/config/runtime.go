@@ -42,7 +42,8 @@ type Runtime struct {
 	// CDISpecDirs are the folders with CDI specifications, the later overriding.
 	CDISpecDirs []string `toml:"cdi_spec_dirs" since:"1.7"`
 	// DrainExecSyncIOTimeout is how long ExecSync waits for the end of output
-	// after the command has ended, which a child of it may hold open; 0 waits 10s.
+	// after the command has ended, which a child of it may hold open; 0 waits for as
+	// long as the caller does, as containerd does unless told otherwise.
 	DrainExecSyncIOTimeout Duration `toml:"drain_exec_sync_io_timeout" since:"1.7"`
 	// IgnoreDeprecationWarnings are the keys whose deprecation Status does not
 	// tell of, as `cloister config validate` writes them; "*" is all.
