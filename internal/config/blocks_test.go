@@ -107,6 +107,7 @@ func reference(t *testing.T, c Config) {
 	want.Runtime.EnableUnprivilegedPorts = false
 	want.Runtime.EnableUnprivilegedICMP = false
 	want.Runtime.NetNSMountsUnderStateDir = false
+	want.Runtime.DrainExecSyncIOTimeout = Duration{}
 	want.Runtime.CNI.IPPref = "ipv4"
 	want.Runtime.Containerd.DefaultRuntimeName = "runc"
 	got := c.Runtime.Containerd.Runtimes
