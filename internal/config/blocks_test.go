@@ -152,9 +152,16 @@ drain_exec_sync_io_timeout = "5s"
 
 func same(t *testing.T, what string, got, want any) {
 	t.Helper()
-	if !reflect.DeepEqual(got, want) {
-		t.Errorf("%s: got %+v, want %+v", what, got, want)
+	if reflect.DeepEqual(got, want) {
+		return
 	}
+	if a, ok := got.(Config); ok { // tell where
+		for i := range reflect.TypeFor[Config]().NumField() {
+			same(t, what+" "+reflect.TypeFor[Config]().Field(i).Name, reflect.ValueOf(a).Field(i).Interface(), reflect.ValueOf(want).Field(i).Interface())
+		}
+		return
+	}
+	t.Errorf("%s: got %+v, want %+v", what, got, want)
 }
 
 func sameHandler(t *testing.T, c Config, name, kind string, want RuncOptions) {

@@ -32,8 +32,9 @@ type document struct {
 	// relative paths start at this file's folder.
 	Imports []string `toml:"imports" since:"1.3"`
 
-	Debug    debugTable           `toml:"debug" since:"1.0"`
-	Cgroup   *Cgroup              `toml:"cgroup" since:"1.0"`
+	Debug  debugTable `toml:"debug" since:"1.0"`
+	Cgroup *Cgroup    `toml:"cgroup" since:"1.0"`
+	// Timeouts bound the calls of containerd to its shims, by name.
 	Timeouts *map[string]Duration `toml:"timeouts" since:"1.3"`
 
 	Plugins pluginTables `toml:"plugins" since:"1.0"`
@@ -271,6 +272,10 @@ func assignList(v reflect.Value, value any) error {
 	list, ok := value.([]any)
 	if !ok {
 		return &typeError{kind(v.Type()), describe(value)}
+	}
+	if len(list) == 0 {
+		v.SetZero() // an empty list and none are one
+		return nil
 	}
 	out := reflect.MakeSlice(v.Type(), len(list), len(list))
 	for i, child := range list {
