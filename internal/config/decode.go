@@ -30,7 +30,11 @@ func (l *loader) decode(path string, data []byte, belongs int) (version int, imp
 	doc := documentOf(&l.config)
 	var faults []error
 	var bad []keyPath // refused tables; their keys need no fault of their own
-	for _, s := range m.settings {
+	for i, s := range m.settings {
+		if len(bad) == maxFaults {
+			faults = append(faults, place{path, s.place.line}.fault("too many faults; the %d settings from here on were not looked at", len(m.settings)-i))
+			break
+		}
 		if slices.ContainsFunc(bad, func(b keyPath) bool { return len(b) <= len(s.wrote) && b.equals(s.wrote[:len(b)]...) }) {
 			continue
 		}
@@ -46,6 +50,10 @@ func (l *loader) decode(path string, data []byte, belongs int) (version int, imp
 	l.settings = append(l.settings, m.settings...)
 	return version, doc.Imports, errors.Join(faults...)
 }
+
+// maxFaults is how many a person can take in; the search for what was meant
+// by a key takes its time.
+const maxFaults = 20
 
 // set assigns one setting and notes where it came from.
 func (l *loader) set(doc *document, s setting, version int) (refused keyPath, err error) {

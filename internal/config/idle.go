@@ -2,12 +2,15 @@ package config
 
 import (
 	"reflect"
+	"sync"
 )
 
 // idleKeys are keys that files may have and that change nothing here, with the
 // reason; "*" is any one part, and a table stands for all in it. A value other
 // than the default makes a warning, so that nobody believes in it.
-func idleKeys() []idleKey {
+var idleKeys = sync.OnceValue(allIdleKeys)
+
+func allIdleKeys() []idleKey {
 	var (
 		images  = plugin(imagesPlugin)
 		runtime = plugin(runtimePlugin)

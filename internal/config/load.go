@@ -12,8 +12,8 @@ import (
 	"github.com/containerd/errdefs"
 )
 
-// maxFileBytes bounds one file: a configuration is written by people.
-const maxFileBytes = 4 << 20
+// maxFileBytes bounds one file, see maxSettings.
+const maxFileBytes = 1 << 20
 
 // Load reads the file at path with its drop-ins. The empty path means
 // DefaultPath with conf.d beside it, and that neither has to exist.

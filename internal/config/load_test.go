@@ -298,6 +298,27 @@ func TestFaults(t *testing.T) {
 	}
 }
 
+// Files of any damage are judged in no time.
+func TestDamageIsBounded(t *testing.T) {
+	var unknown, many strings.Builder
+	unknown.WriteString("version = 2\n[plugins.\"io.containerd.grpc.v1.cri\"]\n")
+	for i := range 9000 {
+		fmt.Fprintf(&unknown, "wrong_key_%d = 1\n", i)
+		fmt.Fprintf(&many, "[plugins.cri.containerd.runtimes.r%d]\nruntime_type = \"io.containerd.runtime.v1.linux\"\n", i)
+	}
+	for name, text := range map[string]string{"unknown": unknown.String(), "many": many.String(),
+		"deep": strings.Repeat("a.", 20000) + "b = 1", "nested": "a = " + strings.Repeat("[", 50000) + strings.Repeat("]", 50000)} {
+		began := time.Now()
+		_, err := Load(write(t, t.TempDir(), "c.toml", text))
+		if took := time.Since(began); took > 5*time.Second {
+			t.Errorf("%s took %v", name, took)
+		}
+		if err == nil || !errors.Is(err, errdefs.ErrInvalidArgument) || len(err.Error()) > 1<<16 {
+			t.Errorf("%s: %.200v", name, err)
+		}
+	}
+}
+
 func TestFaultsOfOneTableAreOne(t *testing.T) {
 	_, err := Load(write(t, t.TempDir(), "c.toml", "version = 3\n[nothing]\na = 1\nb = 2\n"))
 	if n := strings.Count(err.Error(), "c.toml:"); n != 1 {

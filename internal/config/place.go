@@ -83,8 +83,14 @@ func scan(path string, data []byte) ([]setting, error) {
 	if err := s.parser.Error(); err != nil { // not after a successful Unmarshal
 		return nil, place{path, len(s.starts)}.fault("%v", err)
 	}
+	if len(s.settings) > maxSettings {
+		return nil, place{path, s.settings[maxSettings].place.line}.fault("there are more than %d settings", maxSettings)
+	}
 	return s.settings, nil
 }
+
+// maxSettings bounds one file: a configuration is written by people.
+const maxSettings = 10_000
 
 func syntaxError(path string, err error) error {
 	var de *toml.DecodeError

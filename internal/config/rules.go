@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"reflect"
+	"sync"
 )
 
 // newestVersion is the form that all files are brought into.
@@ -34,8 +35,11 @@ func asList(v any) any { return []any{v} }
 // inHandlerOptions is what became of the keys of the shims before runc.v2.
 const inHandlerOptions = "set BinaryName and Root in the options of a handler of runtime_type io.containerd.runc.v2"
 
-// rules are tried in their order, the first that fits is taken.
-func rules() []rule {
+// rules are tried in their order, the first that fits is taken. They never
+// change, and are made once.
+var rules = sync.OnceValue(allRules)
+
+func allRules() []rule {
 	var (
 		images  = plugin(imagesPlugin)
 		runtime = plugin(runtimePlugin)
