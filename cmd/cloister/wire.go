@@ -20,6 +20,8 @@ import (
 	containerdlog "github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"k8s.io/klog/v2"
 
 	"cloister.dev/internal/config"
@@ -69,19 +71,54 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 	if err != nil {
 		return err
 	}
-	pods, err := pod.Open(podOptions(cfg, log, images, net, shims))
+	tells, err := openTelemetry(ctx, cfg, version)
 	if err != nil {
 		return err
 	}
-	closing("close the pod service", pods.Close)
+	closing("close metrics and traces", tells.close)
+	pods, err := openPods(cfg, version, log, podParts{images, net, shims, tells}, closing)
+	if err != nil {
+		return err
+	}
 	streams, err := openStreams(cfg, log, pods, closing)
 	if err != nil {
 		return err
 	}
-	server := cri.New(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
-		Snapshotter: func(handler string) (string, error) { return cfg.Images.RuntimePlatforms[handler].Snapshotter, nil }})
+	server := cri.New(tells.observe(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
+		Snapshotter: func(handler string) (string, error) { return cfg.Images.RuntimePlatforms[handler].Snapshotter, nil }}))
 	loadAppArmor(cfg, log)
-	return serve(ctx, cfg, log, server, pods, images)
+	if err := tells.serve(cfg, pods, log); err != nil {
+		return err
+	}
+	return serve(ctx, cfg, log, server, pods, images, tells.grpcOptions()...)
+}
+
+// podParts are the rooms beneath the pod service.
+type podParts struct {
+	images *image.Store
+	net    network.Attacher
+	shims  *shim.Client
+	tells  *telemetries
+}
+
+// openPods opens the pod service and, with it, the door for NRI plugins.
+func openPods(cfg config.Config, version string, log *slog.Logger, p podParts, closing func(string, func() error)) (*pod.Service, error) {
+	plugins, err := newNRI(cfg, version, log)
+	if err != nil {
+		return nil, err
+	}
+	o := podOptions(cfg, log, p.images, p.net, p.shims)
+	o.NRI, o.Observer = plugins, p.tells.observer()
+	pods, err := pod.Open(o)
+	if err != nil {
+		return nil, err
+	}
+	closing("close the pod service", pods.Close)
+	if err := plugins.Start(pods); err != nil {
+		return nil, err
+	}
+	closing("close NRI", plugins.Close)
+	return pods, nil
 }
 
 // demoted passes the streaming library's log on at debug level: it calls every
@@ -137,13 +174,14 @@ func openStreams(cfg config.Config, log *slog.Logger, pods *pod.Service, closing
 }
 
 // serve answers on the CRI socket until ctx ends.
-func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri.Server, pods *pod.Service, images *image.Store) error {
+func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri.Server, pods *pod.Service, images *image.Store, options ...grpc.ServerOption) error {
 	lis, err := listen(ctx, cfg.Address)
 	if err != nil {
 		return err
 	}
-	g := grpc.NewServer(server.GRPCOptions()...)
+	g := grpc.NewServer(append(server.GRPCOptions(), options...)...)
 	server.Register(g)
+	healthpb.RegisterHealthServer(g, health.NewServer())
 	(&cri.Debug{Pods: pods, Images: images}).Register(g)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(lis) }()

@@ -93,17 +93,21 @@ func (b *builder) injectCDI() error {
 	if err != nil || len(names) == 0 {
 		return err
 	}
-	if len(b.in.Node.CDISpecDirs) == 0 {
+	return injectCDI(b.spec, names, b.in.Node.CDISpecDirs)
+}
+
+func injectCDI(spec *specs.Spec, names, folders []string) error {
+	if len(folders) == 0 {
 		return impossible("CDI_devices", strings.Join(names, " "), "this node has no CDI folders; set cdi_spec_dirs")
 	}
-	cache, err := cdi.NewCache(cdi.WithSpecDirs(b.in.Node.CDISpecDirs...), cdi.WithAutoRefresh(false))
+	cache, err := cdi.NewCache(cdi.WithSpecDirs(folders...), cdi.WithAutoRefresh(false))
 	if err != nil {
 		return fmt.Errorf("read the CDI folders: %w", err)
 	}
-	unresolved, err := cache.InjectDevices(b.spec, names...)
+	unresolved, err := cache.InjectDevices(spec, names...)
 	if len(unresolved) > 0 {
 		return fmt.Errorf("CDI_devices %s: no file in %s describes them; install the vendor's driver or generate its CDI file: %w",
-			show(strings.Join(unresolved, " ")), strings.Join(b.in.Node.CDISpecDirs, " "), errdefs.ErrNotFound)
+			show(strings.Join(unresolved, " ")), strings.Join(folders, " "), errdefs.ErrNotFound)
 	}
 	if err != nil {
 		return fmt.Errorf("apply CDI devices: %w", err)

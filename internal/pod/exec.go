@@ -2,7 +2,6 @@ package pod
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -17,7 +16,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"cloister.dev/internal/oci"
@@ -55,15 +53,11 @@ type started struct {
 
 // startExec starts cmd in the container. The caller ends it with finish.
 func (s *Service) startExec(ctx context.Context, c *container, cmd []string, in, out, errs, tty bool) (_ *started, err error) {
-	var spec specs.Spec
-	data, err := os.ReadFile(filepath.Join(c.record().Bundle, "config.json"))
-	if err == nil {
-		err = json.Unmarshal(data, &spec)
-	}
+	spec, err := readSpec(c.record().Bundle)
 	if err != nil {
-		return nil, fmt.Errorf("read the container's specification: %w", err)
+		return nil, err
 	}
-	p, err := oci.Exec(&spec, filepath.Join(c.record().Bundle, "rootfs"), cmd, tty)
+	p, err := oci.Exec(spec, filepath.Join(c.record().Bundle, "rootfs"), cmd, tty)
 	if err != nil {
 		return nil, err
 	}

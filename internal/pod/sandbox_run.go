@@ -39,7 +39,7 @@ func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConf
 	if err != nil {
 		return "", err
 	}
-	id, err := s.create(ctx, "pod sandbox", sandboxName(cfg.Metadata), hash, func(ctx context.Context, id string, stage func(string)) error {
+	id, err := s.create(ctx, sandboxObject, sandboxName(cfg.Metadata), hash, func(ctx context.Context, id string, stage func(string)) error {
 		return s.makeSandbox(ctx, s.newSandbox(id, hash, cfg, handler, h), stage)
 	})
 	if err != nil {
@@ -57,7 +57,7 @@ func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, 
 	rec := &sb.rec
 	ns := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	*rec = sandboxRecord{
-		Name: sandboxName(cfg.Metadata), Hash: hash, HandlerName: h.Name, Runtime: h.Runtime.Trace(), Phase: creating,
+		Name: sandboxName(cfg.Metadata), Hash: hash, HandlerName: h.Name, Runtime: h.Runtime, Whole: true, Phase: creating,
 		Sysctls:  oci.Sysctls(cfg, s.o.Node),
 		SharePID: ns.GetPid() == runtimeapi.NamespaceMode_POD,
 		Sandbox: Sandbox{
@@ -112,16 +112,34 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	attached := &network.Result{}
 	if sb.record().NetworkUp {
 		stage("attaching the network")
-		attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
+		err := timed(s.o.Observer.Network, "attach", func() (err error) {
+			attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
+			return err
+		})
 		if err != nil {
 			return fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
 		}
 	}
 
 	stage("starting the sandbox on its shim")
-	pid, err := sb.handler.StartSandbox(ctx, s.shimRequest(sb))
+	var pid uint32
+	err = timed(s.o.Observer.Shim, "start sandbox", func() (err error) {
+		pid, err = sb.handler.StartSandbox(ctx, s.shimRequest(sb))
+		return err
+	})
 	if err != nil {
 		return err
+	}
+	release := s.o.NRI.Hold()
+	defer release()
+	if s.o.NRI.Active() {
+		stage("asking plugins")
+		undo.Add("tell plugins that there will be no pod", func(ctx context.Context) error {
+			return s.o.NRI.RemovePod(ctx, s.nriPod(sb, attached.IPs, pid))
+		})
+		if err := s.o.NRI.RunPod(ctx, s.nriPod(sb, attached.IPs, pid)); err != nil {
+			return err
+		}
 	}
 	stage("writing the record")
 	if err := s.changeSandbox(sb, func(r *sandboxRecord) {
@@ -141,7 +159,7 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 // usable tells why nothing can be started in the sandbox any more, if so.
 // After it, the handler's features are known, of a recovered sandbox too.
 func (sb *sandbox) usable(ctx context.Context) error {
-	if sb.handler.Configured() {
+	if sb.handler.Usable() {
 		_, err := sb.handler.Features(ctx)
 		return err
 	}

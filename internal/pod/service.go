@@ -15,6 +15,7 @@ import (
 
 	"cloister.dev/internal/image"
 	"cloister.dev/internal/network"
+	"cloister.dev/internal/nri"
 	"cloister.dev/internal/oci"
 	"cloister.dev/internal/shim"
 )
@@ -26,6 +27,8 @@ type Options struct {
 	Network     network.Attacher
 	Shims       *shim.Client
 	Node        oci.Node
+	NRI         *nri.Server // nil: no plugins
+	Observer    Observer
 	Log         *slog.Logger
 
 	// CgroupParent is for pods that name none and whose cgroups systemd does
