@@ -21,7 +21,7 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
-	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
@@ -53,16 +53,22 @@ type Options struct {
 
 // Attacher implements network.Attacher.
 type Attacher struct {
-	o       Options
 	log     *slog.Logger
 	node    *link.Node
 	rules   nat.Rules
-	lib     *libcni.CNIConfig
 	plugins *plugin.Set
 	records records
+	now     atomic.Pointer[setup]
+	ranges  podRanges
+}
+
+// setup is what follows of Options. It never changes: Reconfigure makes a new
+// one, and who works with the old one ends with it.
+type setup struct {
+	o       Options
+	lib     *libcni.CNIConfig
 	main    *folder            // of handlers that have none of their own
 	folders map[string]*folder // by handler
-	ranges  sync.Mutex         // one SetPodRanges at a time; held while it writes
 }
 
 var _ network.Attacher = (*Attacher)(nil)
@@ -73,7 +79,7 @@ func New(o Options) (_ *Attacher, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("cni: %w", err)
 	}
-	a := &Attacher{o: o, log: o.Log}
+	a := &Attacher{log: o.Log}
 	if a.records, err = openRecords(filepath.Join(o.StateDir, "attachments")); err != nil {
 		return nil, fmt.Errorf("cni: %w", err)
 	}
@@ -84,27 +90,78 @@ func New(o Options) (_ *Attacher, err error) {
 		return nil, fmt.Errorf("cni: %w", errors.Join(err, a.node.Close()))
 	}
 	a.plugins = plugin.New(a.node, a.rules, o.Log)
-	a.lib = libcni.NewCNIConfigWithCacheDir(o.BinDirs, o.CacheDir, &executor{plugins: a.plugins, path: o.BinDirs})
-	a.main = openFolder(Folder{Dir: o.ConfDir, MaxConfNum: o.MaxConfNum}, o.Log)
-	a.folders = map[string]*folder{}
-	for handler, f := range o.Handlers {
-		a.folders[handler] = openFolder(f, o.Log)
-	}
+	a.now.Store(a.setUp(o, &setup{}))
 	return a, nil
 }
 
-// folderOf gives the folder with the networks of a handler.
-func (a *Attacher) folderOf(handler string) *folder {
-	if f := a.folders[handler]; f != nil {
+// setUp makes what follows of the options. Folders that the old setup follows
+// already are taken over.
+func (a *Attacher) setUp(o Options, old *setup) *setup {
+	known := old.allFolders()
+	open := func(at Folder) *folder {
+		for _, f := range known {
+			if f.Folder == at {
+				return f
+			}
+		}
+		f := openFolder(at, a.log)
+		known = append(known, f)
 		return f
 	}
-	return a.main
+	s := &setup{o: o, folders: map[string]*folder{}}
+	s.lib = libcni.NewCNIConfigWithCacheDir(o.BinDirs, o.CacheDir, &executor{plugins: a.plugins, path: o.BinDirs})
+	s.main = open(Folder{Dir: o.ConfDir, MaxConfNum: o.MaxConfNum})
+	for handler, f := range o.Handlers {
+		s.folders[handler] = open(f)
+	}
+	return s
 }
 
-func (a *Attacher) allFolders() []*folder {
-	all := []*folder{a.main}
-	for _, handler := range slices.Sorted(maps.Keys(a.folders)) {
-		all = append(all, a.folders[handler])
+// Reconfigure replaces the options but for the folders of state, which stay
+// what they were. Attached pods stay attached. On error nothing is changed.
+// The caller serialises calls.
+func (a *Attacher) Reconfigure(o Options) error {
+	old := a.now.Load()
+	o.CacheDir, o.StateDir, o.Log = old.o.CacheDir, old.o.StateDir, old.o.Log
+	o, err := complete(o)
+	if err != nil {
+		return fmt.Errorf("cni: %w", err)
+	}
+	next := a.setUp(o, old)
+	a.now.Store(next)
+	var errs []error
+	for _, f := range old.allFolders() {
+		if !slices.Contains(next.allFolders(), f) {
+			errs = append(errs, f.close())
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		a.log.Warn("stop following a cni config folder", "err", err)
+	}
+	if err := a.renderAgain(); err != nil {
+		a.log.Error("cni config not made of the template", "err", err)
+	}
+	return nil
+}
+
+// folderOf gives the folder with the networks of a handler.
+func (s *setup) folderOf(handler string) *folder {
+	if f := s.folders[handler]; f != nil {
+		return f
+	}
+	return s.main
+}
+
+// allFolders lists each folder once, the main one first.
+func (s *setup) allFolders() []*folder {
+	if s.main == nil {
+		return nil
+	}
+	all := []*folder{s.main}
+	for _, handler := range slices.Sorted(maps.Keys(s.folders)) {
+		if f := s.folders[handler]; !slices.Contains(all, f) {
+			all = append(all, f)
+		}
 	}
 	return all
 }
@@ -146,7 +203,7 @@ func tableName(stateDir string) string {
 
 // Reload reads the configuration folders. It is called by itself on changes.
 func (a *Attacher) Reload() {
-	for _, f := range a.allFolders() {
+	for _, f := range a.now.Load().allFolders() {
 		f.reload()
 	}
 }
@@ -155,7 +212,7 @@ func (a *Attacher) Reload() {
 // force, or nil.
 func (a *Attacher) LoadError() error {
 	var errs []error
-	for _, f := range a.allFolders() {
+	for _, f := range a.now.Load().allFolders() {
 		_, err := f.get()
 		errs = append(errs, err)
 	}
@@ -165,7 +222,7 @@ func (a *Attacher) LoadError() error {
 // Close implements network.Attacher.
 func (a *Attacher) Close() error {
 	var err error
-	for _, f := range a.allFolders() {
+	for _, f := range a.now.Load().allFolders() {
 		err = errors.Join(err, f.close())
 	}
 	return errors.Join(err, a.node.Close(), a.rules.Close())
@@ -178,7 +235,7 @@ func (a *Attacher) Settle(ctx context.Context) error { return a.node.Settle(ctx)
 // Networks lists the files in force, by name, those of handlers last.
 func (a *Attacher) Networks() []string {
 	var out []string
-	for _, f := range a.allFolders() {
+	for _, f := range a.now.Load().allFolders() {
 		networks, _ := f.get()
 		for _, n := range networks {
 			out = append(out, n.file)

@@ -91,9 +91,9 @@ func (f *folder) inForce() ([]confNetwork, error) {
 }
 
 // allInForce returns the networks of all folders that have any.
-func (a *Attacher) allInForce() ([]confNetwork, error) {
-	all, err := a.main.inForce()
-	for _, f := range a.folders {
+func (s *setup) allInForce() ([]confNetwork, error) {
+	all, err := s.main.inForce()
+	for _, f := range s.allFolders()[1:] {
 		more, moreErr := f.inForce()
 		all = append(all, more...)
 		if moreErr == nil {

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"sync"
 	"text/template"
 
 	"github.com/containerd/errdefs"
@@ -28,25 +29,50 @@ type templateValues struct {
 // the configuration file of the template, if there is one. Files that somebody
 // else put into the folder win: then none is made.
 func (a *Attacher) SetPodRanges(ranges []netip.Prefix) error {
-	if a.o.ConfTemplate == "" || len(ranges) == 0 {
+	if len(ranges) == 0 {
 		return nil
 	}
-	a.ranges.Lock()
-	defer a.ranges.Unlock()
-	files, err := confFiles(a.main.Dir)
+	a.ranges.mu.Lock()
+	defer a.ranges.mu.Unlock()
+	a.ranges.last = ranges
+	return a.render(ranges)
+}
+
+// podRanges are what kubelet told last.
+type podRanges struct {
+	mu   sync.Mutex // held while a file is written
+	last []netip.Prefix
+}
+
+// renderAgain makes the file of a template that has changed.
+func (a *Attacher) renderAgain() error {
+	a.ranges.mu.Lock()
+	defer a.ranges.mu.Unlock()
+	if len(a.ranges.last) == 0 {
+		return nil
+	}
+	return a.render(a.ranges.last)
+}
+
+func (a *Attacher) render(ranges []netip.Prefix) error {
+	set := a.now.Load()
+	if set.o.ConfTemplate == "" {
+		return nil
+	}
+	files, err := confFiles(set.main.Dir)
 	if err != nil {
 		return fmt.Errorf("read cni config folder: %w", err)
 	}
-	path := filepath.Join(a.main.Dir, templateFile)
+	path := filepath.Join(set.main.Dir, templateFile)
 	for _, f := range files {
 		if f != path {
 			a.log.Debug("the cni template is not used: the folder has files already", "file", f)
 			return nil
 		}
 	}
-	data, err := renderTemplate(a.o.ConfTemplate, ranges)
+	data, err := renderTemplate(set.o.ConfTemplate, ranges)
 	if err != nil {
-		return fmt.Errorf("conf_template %s: %w", a.o.ConfTemplate, err)
+		return fmt.Errorf("conf_template %s: %w", set.o.ConfTemplate, err)
 	}
 	if old, err := os.ReadFile(path); err == nil && bytes.Equal(old, data) {
 		return nil
@@ -55,7 +81,7 @@ func (a *Attacher) SetPodRanges(ranges []netip.Prefix) error {
 		return err
 	}
 	a.log.Info("cni config made of the template", "file", path, "ranges", ranges)
-	a.main.reload()
+	set.main.reload()
 	return nil
 }
 
