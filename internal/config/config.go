@@ -54,6 +54,8 @@ type Config struct {
 	Warnings []Warning
 	// Files are the files that were read, in order; empty when none was there.
 	Files []string
+	// Folders are where those files are, and where others are looked for.
+	Folders []string
 	// Ephemeral comes from the command line: a clean stop also ends the resident
 	// shims in which nothing runs.
 	Ephemeral bool
