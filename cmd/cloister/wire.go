@@ -42,10 +42,16 @@ const stopTime = 10 * time.Second
 
 // runDaemon opens the services from the bottom up, serves until ctx ends, and
 // closes them from the top down. Pods are not touched by its end.
-func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (err error) {
+func runDaemon(ctx context.Context, cfg config.Config, load func() (config.Config, error), version string, dlog logger) (err error) {
+	log := dlog.Logger
+	reload := &reloader{log: dlog, boot: cfg}
+	reload.heed(ctx)
 	// Two libraries have loggers of their own, for what this log says better.
 	if err := containerdlog.SetLevel("error"); err != nil {
 		return err
+	}
+	for _, w := range cfg.Warnings {
+		log.Warn("configuration", "where", w.Where, "key", w.Key, "message", w.Message)
 	}
 	klog.SetSlogLogger(slog.New(demoted{log.Handler()}).With("source", "streaming"))
 	var open osutil.Undo // every service, newest closed first
@@ -71,12 +77,13 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 	if err != nil {
 		return err
 	}
+	reload.images, reload.net, reload.shims = images, net, shims
 	tells, err := openTelemetry(ctx, cfg, version)
 	if err != nil {
 		return err
 	}
 	closing("close metrics and traces", tells.close)
-	pods, err := openPods(cfg, version, log, podParts{images, net, shims, tells}, closing)
+	pods, err := openPods(cfg, version, log, podParts{images, net, shims, tells, reload}, closing)
 	if err != nil {
 		return err
 	}
@@ -85,11 +92,12 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 		return err
 	}
 	server := cri.New(tells.observe(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
-		Snapshotter: func(handler string) (string, error) { return cfg.Images.RuntimePlatforms[handler].Snapshotter, nil }}))
+		Snapshotter: reload.snapshotter}))
 	loadAppArmor(cfg, log)
 	if err := tells.serve(cfg, pods, log); err != nil {
 		return err
 	}
+	closing("stop following the configuration", reload.follow(load))
 	return serve(ctx, cfg, log, server, pods, images, tells.grpcOptions()...)
 }
 
@@ -99,6 +107,7 @@ type podParts struct {
 	net    network.Attacher
 	shims  *shim.Client
 	tells  *telemetries
+	reload *reloader
 }
 
 // openPods opens the pod service and, with it, the door for NRI plugins.
@@ -109,6 +118,7 @@ func openPods(cfg config.Config, version string, log *slog.Logger, p podParts, c
 	}
 	o := podOptions(cfg, log, p.images, p.net, p.shims)
 	o.NRI, o.Observer = plugins, p.tells.observer()
+	o.Conditions, o.VerboseInfo = p.reload.conditions, p.reload.info
 	pods, err := pod.Open(o)
 	if err != nil {
 		return nil, err
@@ -243,7 +253,7 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 func imageOptions(cfg config.Config, log *slog.Logger) image.Options {
 	o := image.Options{
 		Root: filepath.Join(cfg.Root, "images"), Snapshotter: cfg.Images.Snapshotter,
-		ConfigPath: cfg.Images.Registry.ConfigPath, Headers: cfg.Images.Registry.Headers,
+		ConfigPath: cfg.Images.Registry.ConfigPath, Headers: cfg.Images.Registry.Headers, // see imageHosts
 		MaxConcurrentDownloads: cfg.Images.MaxConcurrentDownloads,
 		ProgressTimeout:        cfg.Images.ImagePullProgressTimeout.Duration,
 		DiscardUnpackedLayers:  cfg.Images.DiscardUnpackedLayers, Log: log,
@@ -252,6 +262,11 @@ func imageOptions(cfg config.Config, log *slog.Logger) image.Options {
 		o.Pinned = append(o.Pinned, ref)
 	}
 	return o
+}
+
+// imageHosts is what of imageOptions can change.
+func imageHosts(cfg config.Config) image.Hosts {
+	return image.Hosts{ConfigPath: cfg.Images.Registry.ConfigPath, Headers: cfg.Images.Registry.Headers}
 }
 
 func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) {
@@ -267,6 +282,10 @@ func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) 
 		}
 		return builtin.New(o)
 	}
+	return cni.New(cniOptions(cfg, log))
+}
+
+func cniOptions(cfg config.Config, log *slog.Logger) cni.Options {
 	c := cfg.Runtime.CNI
 	handlers := map[string]cni.Folder{}
 	for name, h := range cfg.Runtime.Containerd.Runtimes {
@@ -274,9 +293,9 @@ func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) 
 			handlers[name] = cni.Folder{Dir: h.CNIConfDir, MaxConfNum: h.CNIMaxConfNum}
 		}
 	}
-	return cni.New(cni.Options{ConfDir: c.ConfDir, BinDirs: c.BinDirs, MaxConfNum: c.MaxConfNum, SetupSerially: c.SetupSerially,
+	return cni.Options{ConfDir: c.ConfDir, BinDirs: c.BinDirs, MaxConfNum: c.MaxConfNum, SetupSerially: c.SetupSerially,
 		Handlers: handlers, ConfTemplate: c.ConfTemplate,
-		IPPref: c.IPPref, CacheDir: filepath.Join(cfg.Root, "cni"), StateDir: filepath.Join(cfg.Root, "network"), Log: log})
+		IPPref: c.IPPref, CacheDir: filepath.Join(cfg.Root, "cni"), StateDir: filepath.Join(cfg.Root, "network"), Log: log}
 }
 
 func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
@@ -286,15 +305,14 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 	if o.Binary, err = shimProgram(cfg.Cloister.Shim); err != nil {
 		return o, err
 	}
-	if len(cfg.Runtime.Containerd.Runtimes) == 0 {
-		for name, r := range shim.Found() {
-			r.SystemdCgroup = cfg.Cloister.CgroupDriver == "systemd"
-			r.NoCgroup = cfg.Cloister.DisableCgroup
-			if r.Rlimits, err = rlimits(cfg, name); err != nil {
-				return o, err
-			}
-			o.Runtimes[name] = r
+	systemd := cfg.SystemdCgroup()
+	for name, r := range shim.Found() {
+		r.SystemdCgroup = systemd
+		r.NoCgroup = cfg.Cloister.DisableCgroup
+		if r.Rlimits, err = rlimits(cfg, name); err != nil {
+			return o, err
 		}
+		o.Runtimes[name] = r // unless it is configured
 	}
 	for name, h := range cfg.Runtime.Containerd.Runtimes {
 		r := shim.Runtime{Type: h.RuntimeType, Path: h.RuntimePath, Options: h.Options, Snapshotter: snapshotter(cfg, name, h),
@@ -358,8 +376,6 @@ func podOptions(cfg config.Config, log *slog.Logger, images *image.Store, net ne
 		CgroupParent: cgroupParent(cfg.State),
 		LogMaxLine:   int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
 		DrainExecSync: r.DrainExecSyncIOTimeout.Duration, StatsPeriod: r.StatsCollectPeriod.Duration,
-		VerboseInfo: map[string]any{"stateDir": cfg.State, "rootDir": cfg.Root, "address": cfg.Address,
-			"network": cfg.Cloister.Network, "snapshotter": cfg.Images.Snapshotter, "files": cfg.Files},
 	}
 	if !r.NetNSMountsUnderStateDir {
 		o.NetNSDir = "/var/run/netns"

@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 
@@ -44,6 +43,7 @@ type Runtime struct {
 	CgroupWritable bool                `json:",omitempty"`
 	ReadOnlyMounts string              `json:",omitempty"` // treat_ro_mounts_as_rro
 	Rlimits        []specs.POSIXRlimit `json:",omitempty"`
+	Found          bool                `json:",omitempty"` // nobody configured it: it is on the machine
 }
 
 // containerType is the runtime_type that the resident container backend serves.
@@ -53,13 +53,13 @@ func (r Runtime) resident() bool {
 	return r.Type == containerType && r.Path == "" && !r.ForceExternal
 }
 
-// Found gives a handler for each OCI runtime in PATH: what a node has whose
-// administrator configured none.
+// Found gives a handler for each OCI runtime in PATH: what a node has beside
+// the handlers that its administrator configured.
 func Found() map[string]Runtime {
 	found := map[string]Runtime{}
 	for handler, program := range map[string]string{"runc": "runc", "crun": "crun", "gvisor": "runsc"} {
 		if _, err := exec.LookPath(program); err == nil {
-			found[handler] = Runtime{Type: containerType, Binary: program}
+			found[handler] = Runtime{Type: containerType, Binary: program, Found: true}
 		}
 	}
 	return found
@@ -188,10 +188,6 @@ func (s handlerSet) working(ctx context.Context, name string) (*Handler, error) 
 	return h, nil
 }
 
-// preference orders the handlers that may become the default one: the faster
-// runtime first.
-var preference = [...]string{"crun", "runc"}
-
 // Default gives the handler for pods that name none.
 func (c *Client) Default(ctx context.Context) (*Handler, error) { return c.best(ctx, c.current()) }
 
@@ -203,17 +199,8 @@ func (c *Client) best(ctx context.Context, set handlerSet) (*Handler, error) {
 		return set.chosen, nil
 	}
 	var reasons []string
-	order := slices.Clone(preference[:])
-	for _, n := range set.names() {
-		if !slices.Contains(order, n) && set.byName[n].Runtime.Type == containerType {
-			order = append(order, n)
-		}
-	}
-	for _, n := range order {
+	for _, n := range set.order() {
 		h := set.byName[n]
-		if h == nil {
-			continue
-		}
 		f, err := h.Features(ctx)
 		if err != nil {
 			return nil, err
