@@ -197,6 +197,9 @@ func (s *Service) adjustUpdate(ctx context.Context, c *container, spec *specs.Sp
 	}
 	var others []*api.ContainerUpdate
 	for _, u := range resp.GetUpdate() {
+		if u == nil { // the place of this container, for which no plugin wants anything
+			continue
+		}
 		if u.ContainerId != c.record().ID {
 			others = append(others, u)
 			continue
