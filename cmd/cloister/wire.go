@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	profile "github.com/containerd/containerd/v2/contrib/apparmor"
@@ -37,8 +39,14 @@ import (
 	"cloister.dev/internal/stream"
 )
 
-// stopTime bounds the wait for running calls when the daemon is asked to stop.
-const stopTime = 10 * time.Second
+const (
+	// stopTime bounds the wait for running calls when the daemon is asked to
+	// stop. Nothing is lost with those that take longer: the next daemon finishes
+	// or undoes what they were about.
+	stopTime = 2 * time.Second
+	// answerTime is how long another daemon may take to answer on the socket.
+	answerTime = 10 * time.Second
+)
 
 // runDaemon opens the services from the bottom up, serves until ctx ends, and
 // closes them from the top down. Pods are not touched by its end.
@@ -225,19 +233,15 @@ func loadAppArmor(cfg config.Config, log *slog.Logger) {
 	}
 }
 
-// listen makes the socket, which only root may use, in place of a stale one.
+// listen makes the socket, which only root may use, in place of one that
+// nobody serves any more.
 func listen(ctx context.Context, address string) (net.Listener, error) {
 	path := strings.TrimPrefix(address, "unix://")
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("make the socket's folder: %w", err)
 	}
-	dialer := net.Dialer{Timeout: stopTime} // a daemon that hangs is one, too
-	if c, err := dialer.DialContext(ctx, "unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("remove the stale socket: %w", err)
+	if err := removeStale(ctx, path); err != nil {
+		return nil, err
 	}
 	lis, err := net.Listen("unix", path)
 	if err != nil {
@@ -250,13 +254,36 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 	return lis, nil
 }
 
+// removeStale removes the socket of a daemon that is gone. Any answer but a
+// refusal may be that of one that lives, such as one too busy to accept.
+func removeStale(ctx context.Context, path string) error {
+	dialer := net.Dialer{Timeout: answerTime}
+	c, err := dialer.DialContext(ctx, "unix", path)
+	switch {
+	case err == nil:
+		c.Close()
+		return fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case !errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("find out whether another daemon serves %s: %w; if none does, remove it", path, err)
+	}
+	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("%s is there and is no socket; remove it, or choose another --address", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the stale socket: %w", err)
+	}
+	return nil
+}
+
 func imageOptions(cfg config.Config, log *slog.Logger) image.Options {
 	o := image.Options{
 		Root: filepath.Join(cfg.Root, "images"), Snapshotter: cfg.Images.Snapshotter,
 		ConfigPath: cfg.Images.Registry.ConfigPath, Headers: cfg.Images.Registry.Headers, // see imageHosts
 		MaxConcurrentDownloads: cfg.Images.MaxConcurrentDownloads,
 		ProgressTimeout:        cfg.Images.ImagePullProgressTimeout.Duration,
-		DiscardUnpackedLayers:  cfg.Images.DiscardUnpackedLayers, Log: log,
+		DiscardUnpackedLayers:  cfg.Images.DiscardUnpackedLayers, SyncFS: cfg.Images.ImagePullWithSyncFS, Log: log,
 	}
 	for _, ref := range cfg.Images.PinnedImages {
 		o.Pinned = append(o.Pinned, ref)

@@ -211,6 +211,9 @@ func (t *taskIO) discard() {
 func (t *taskIO) run(console *os.File, held map[string]*os.File) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.Terminal && held == nil { // it was just started
+		t.fan.KeepEarly("stdout")
+	}
 	if t.Terminal && !t.External {
 		if console == nil {
 			return errors.New("the runtime gave no terminal")

@@ -99,7 +99,7 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	undo.Add("take the half-made pod down", func(ctx context.Context) error {
 		err := s.takeDown(ctx, sb)
 		if err != nil {
-			s.inBackground(sb, func(ctx context.Context) error { return s.takeDown(ctx, sb) })
+			s.inBackground(sb.op, id, func(ctx context.Context) error { return s.takeDown(ctx, sb) })
 		}
 		return err
 	})

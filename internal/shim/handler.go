@@ -157,7 +157,8 @@ func (c *Client) Handlers() []*Handler {
 	return hs
 }
 
-// Lookup gives the handler called name without asking whether it works.
+// Lookup gives the handler called name, "" being the one that is configured as
+// the default, without asking whether it works.
 func (c *Client) Lookup(name string) (*Handler, error) {
 	return c.current().lookup(name)
 }

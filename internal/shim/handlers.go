@@ -2,6 +2,7 @@ package shim
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -56,7 +57,7 @@ func (s handlerSet) order() []string {
 }
 
 func (s handlerSet) lookup(name string) (*Handler, error) {
-	h := s.byName[name]
+	h := s.byName[cmp.Or(name, s.def)]
 	if h == nil {
 		return nil, fmt.Errorf("runtime handler %q is not configured; there are %s: %w",
 			name, strings.Join(s.names(), ", "), errdefs.ErrInvalidArgument)

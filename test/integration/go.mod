@@ -7,6 +7,7 @@ require (
 	cloister.dev/test/testnode v0.0.0
 	github.com/containerd/nri v0.12.5
 	github.com/google/go-containerregistry v0.22.1
+	go.etcd.io/bbolt v1.5.0
 	golang.org/x/sys v0.49.0
 	google.golang.org/grpc v1.85.0
 	google.golang.org/protobuf v1.36.12

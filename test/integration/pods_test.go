@@ -1,14 +1,10 @@
 package integration
 
 import (
-	"fmt"
-	"io"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -69,35 +65,6 @@ func TestNodeNamespaces(t *testing.T) {
 		if got := c.run("readlink /proc/self/ns/" + ns); got != own {
 			t.Errorf("%s namespace %s, the node's is %s", ns, got, own)
 		}
-	}
-}
-
-func TestHostPort(t *testing.T) {
-	for _, network := range []string{"cni", "builtin"} {
-		t.Run(network, func(t *testing.T) {
-			n := own(t, testnode.Options{Network: network})
-			check := noLeak(t, n)
-			port := int32(20000 + os.Getpid()%12000 + len(network))
-			p := runPod(t, n, func(c *cri.PodSandboxConfig) {
-				c.PortMappings = []*cri.PortMapping{{ContainerPort: 8080, HostPort: port, HostIp: "127.0.0.1"}}
-			})
-			p.demo("-http", ":8080", "-n", "1").waitLog("serving")
-			for _, address := range []string{fmt.Sprintf("127.0.0.1:%d", port), p.status().Network.Ip + ":8080"} {
-				client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-				resp, err := client.Get("http://" + address + "/healthz")
-				if err != nil {
-					t.Error(err)
-					continue
-				}
-				body, err := io.ReadAll(resp.Body)
-				resp.Body.Close()
-				if string(body) != "ok\n" {
-					t.Errorf("%s: %q %v", address, body, err)
-				}
-			}
-			p.remove()
-			check()
-		})
 	}
 }
 

@@ -245,6 +245,10 @@ func testTerminal(s *Shim) {
 	f := s.fifos("tty")
 	defer f.close()
 	s.attach("tty", f)
+	f.expect(f.out, "size 0x0") // written before anybody could attach
+	late := s.fifos("tty-late")
+	defer late.close()
+	s.attach("tty", late)
 	if _, err := s.Task.ResizePty(s.ctx(), &taskapi.ResizePtyRequest{ID: "tty", Width: 77, Height: 22}); err != nil {
 		s.t.Error(err)
 	}
@@ -253,6 +257,9 @@ func testTerminal(s *Shim) {
 		s.t.Fatal(err)
 	}
 	f.expect(f.out, "got a line")
+	if got, err := late.read(late.out, func(b []byte) bool { return bytes.Contains(b, []byte("got a line")) }); err != nil || bytes.Contains(got, []byte("size 0x0")) {
+		s.t.Errorf("the second client got %q, %v", got, err)
+	}
 	s.KillServer()
 	f2 := s.fifos("tty2")
 	defer f2.close()

@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
@@ -23,14 +22,12 @@ import (
 
 	"cloister.dev/internal/network"
 	"cloister.dev/internal/network/link"
+	"cloister.dev/internal/osutil"
 )
 
 const (
 	// mainInterface is the pod's interface in the first network.
 	mainInterface = "eth0"
-	// undoTime bounds taking a failed attachment back; the caller's deadline
-	// may be what made it fail.
-	undoTime = 30 * time.Second
 	// resultVersion is that of Result.Raw.
 	resultVersion = "1.0.0"
 )
@@ -66,7 +63,7 @@ func (a *Attacher) Attach(ctx context.Context, r network.Request) (*network.Resu
 		res, err = a.result(networks, results)
 	}
 	if err != nil {
-		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+		undo, cancel := osutil.UndoContext(ctx)
 		defer cancel()
 		if e := a.delAll(undo, r, rec, networks); e != nil {
 			err = errors.Join(err, fmt.Errorf("undo: %w", e)) // a later Detach finishes
