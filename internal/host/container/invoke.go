@@ -84,6 +84,9 @@ func (b *Backend) execute(ctx context.Context, r *ociRuntime, o host.Runtime, di
 	if o.SystemdCgroup {
 		args = append(args, "--systemd-cgroup")
 	}
+	if o.NoCgroup && strings.HasPrefix(filepath.Base(r.path), "crun") { // the only one that has a word for it
+		args = append(args, "--cgroup-manager=disabled")
+	}
 	args = append(append(args, i.verb), i.args...)
 	path, release := r.sealed.path(r.path)
 	defer release()
