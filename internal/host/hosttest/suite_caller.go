@@ -102,11 +102,9 @@ func testCallerDies(s *Shim) {
 		r, err := s.Host.Inspect(s.ctx(), &hostv1.InspectRequest{Id: "cd-create"})
 		return err == nil && r.Pid != 0
 	})
-	if _, err := s.Task.Start(s.ctx(), &taskapi.StartRequest{ID: "cd-create"}); err != nil {
-		s.t.Error(err)
-	}
-	if r := s.Wait("cd-create"); r.ExitStatus != 5 || r.StatusUnknown {
-		s.t.Errorf("%v", r)
+	_, err := s.Task.Start(s.ctx(), &taskapi.StartRequest{ID: "cd-create"})
+	if r := s.Wait("cd-create"); err != nil || r.ExitStatus != 5 || r.StatusUnknown {
+		s.t.Errorf("%v, %v", r, err)
 	}
 	s.Remove("cd-create")
 
