@@ -185,10 +185,12 @@ func (s *Service) writeSpec(c *container, in oci.Input) (*oci.Result, error) {
 // finds it.
 func (s *Service) makeRootfs(ctx context.Context, sb *sandbox, c *container, img image.Image) (string, error) {
 	rootfs := filepath.Join(c.record().Bundle, "rootfs")
-	for _, d := range []string{c.record().Bundle, rootfs} {
-		if err := os.Mkdir(d, 0o711); err != nil {
-			return "", fmt.Errorf("make the container's bundle: %w", err)
-		}
+	err := makeClosed(c.record().Bundle, rootOf(sb.record().GIDs))
+	if err == nil {
+		err = os.Mkdir(rootfs, 0o711)
+	}
+	if err != nil {
+		return "", fmt.Errorf("make the container's bundle: %w", err)
 	}
 	o := image.RootfsOptions{Snapshotter: sb.handler.Runtime.Snapshotter, Volatile: true,
 		UIDs: imageMappings(sb.record().UIDs), GIDs: imageMappings(sb.record().GIDs)}
