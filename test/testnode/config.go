@@ -17,6 +17,9 @@ import (
 var configuration = template.Must(template.New("config.toml").Parse(`version = 3
 root = "{{.Root}}"
 state = "{{.State}}"
+{{- if .Extra}}
+imports = ["extra.toml"]
+{{- end}}
 
 [grpc]
 address = "{{.Socket}}"
@@ -106,13 +109,18 @@ func (n *Node) configure() error {
 		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Stream string
 		Subnets                                                                       []string
 		Handlers, Shims                                                               map[string]string
-		Cloister                                                                      bool
+		Cloister, Extra                                                               bool
 	}{
 		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, n.streamAddress(), subnets,
-		handlers, n.opts.Shims, n.opts.Runtime == Cloister,
+		handlers, n.opts.Shims, n.opts.Runtime == Cloister, n.opts.Extra != "",
 	})
 	if err != nil {
 		return err
+	}
+	if n.opts.Extra != "" {
+		if err := os.WriteFile(filepath.Join(n.Dir, "extra.toml"), []byte(n.opts.Extra), 0o644); err != nil {
+			return err
+		}
 	}
 	return os.WriteFile(filepath.Join(n.Dir, "config.toml"), buf.Bytes(), 0o644)
 }

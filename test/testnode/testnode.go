@@ -62,6 +62,9 @@ type Options struct {
 	Default string
 	// LogLevel of the daemon, by default info.
 	LogLevel string
+	// Extra is a further configuration file, of version 3, which is laid over
+	// the node's own.
+	Extra string
 }
 
 // Node is a running daemon and all that belongs to it.

@@ -84,8 +84,13 @@ func (b *Backend) execute(ctx context.Context, r *ociRuntime, o host.Runtime, di
 	if o.SystemdCgroup {
 		args = append(args, "--systemd-cgroup")
 	}
+	if o.NoCgroup && strings.HasPrefix(filepath.Base(r.path), "crun") { // the only one that has a word for it
+		args = append(args, "--cgroup-manager=disabled")
+	}
 	args = append(append(args, i.verb), i.args...)
-	exit, err := run(ctx, proc.Command{Path: r.path, Args: args, Env: os.Environ(), Dir: dir,
+	path, release := r.sealed.path(r.path)
+	defer release()
+	exit, err := run(ctx, proc.Command{Path: path, Args: args, Env: os.Environ(), Dir: dir,
 		Files: [3]*os.File{i.streams.Stdin, i.streams.Stdout, i.streams.Stderr}})
 	if err != nil {
 		return 0, "", fmt.Errorf("%s %s: %w", filepath.Base(r.path), i.verb, err)

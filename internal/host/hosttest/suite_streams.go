@@ -371,7 +371,10 @@ func testReopenLog(s *Shim) {
 	s.Run(Container{ID: "rot", Args: []string{"lines", "3000", "200", "0"}, Options: onStart})
 	var parts []string
 	for i := range 5 {
-		time.Sleep(50 * time.Millisecond) // let some lines come
+		s.await("some lines", func() bool {
+			st, err := os.Stat(s.LogPath("rot"))
+			return err == nil && st.Size() > 0
+		})
 		part := s.LogPath("rot") + "." + itoa(uint32(i))
 		if err := os.Rename(s.LogPath("rot"), part); err != nil {
 			s.t.Fatal(err)
