@@ -184,7 +184,7 @@ func (sb *sandbox) usable(ctx context.Context) error {
 // and the files under /etc.
 func (s *Service) makeFolder(sb *sandbox) error {
 	dir := s.podDir(sb.record().ID)
-	if err := mountFolder(dir); err != nil {
+	if err := mountFolder(dir, rootOf(sb.record().GIDs)); err != nil {
 		return err
 	}
 	n := sandboxNamespaces(dir, sb)

@@ -2,11 +2,13 @@ package hosttest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"syscall"
+	"time"
 
 	hostv1 "cloister.dev/api/host/v1"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
@@ -115,4 +117,59 @@ func testCallerDies(s *Shim) {
 		s.t.Errorf("the exec's status is %d", st)
 	}
 	s.deleteExec("cd-host", "cd-x")
+}
+
+// testKillWhileItStarts: who gave up on a start can end what comes of it.
+func testKillWhileItStarts(s *Shim) {
+	g := s.gate()
+	named := *s
+	named.Binary = g.path
+	named.Run(Container{ID: "ks-host", Args: []string{"sleep", "100"}, Options: onStart})
+	defer s.Remove("ks-host")
+	if err := named.Create(Container{ID: "ks-run", Args: []string{"sleep", "100"}, Options: onStart}); err != nil {
+		s.t.Fatal(err)
+	}
+	f := s.fifos("ks-x")
+	defer f.close()
+	for _, exec := range []string{"", "ks-x"} {
+		id := "ks-run"
+		if exec != "" {
+			id = "ks-host"
+		}
+		g.set(s, false)
+		started := make(chan error, 1)
+		go func() {
+			if exec != "" {
+				started <- named.exec(id, exec, f, false, "sleep", "100")
+				return
+			}
+			_, err := s.Task.Start(s.ctx(), &taskapi.StartRequest{ID: id})
+			started <- err
+		}()
+		s.await("the runtime", func() bool { _, err := os.Stat(g.called); return err == nil })
+		killed := make(chan error, 1)
+		go func() {
+			_, err := s.Task.Kill(s.ctx(), &taskapi.KillRequest{ID: id, ExecID: exec, Signal: 9})
+			killed <- err
+		}()
+		select {
+		case err := <-killed:
+			s.t.Errorf("before it is there it was killed: %v", err)
+			killed <- nil
+		case <-time.After(100 * time.Millisecond): // it waits
+		}
+		g.set(s, true)
+		if err := errors.Join(<-started, <-killed); err != nil {
+			s.t.Error(err)
+		}
+		if exec != "" {
+			if st := s.waitExec(id, exec); st != 137 {
+				s.t.Errorf("the exec's status is %d", st)
+			}
+			s.deleteExec(id, exec)
+		} else if r := s.Wait(id); r.ExitStatus != 137 {
+			s.t.Errorf("%v", r)
+		}
+	}
+	s.Remove("ks-run")
 }
