@@ -68,11 +68,17 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 		return err
 	}
 	closing("close the network", net.Close)
-	shims, err := openShims(cfg, log, closing)
+	devices, err := openDevicePlugin(ctx, cfg, log, closing)
 	if err != nil {
 		return err
 	}
-	pods, err := pod.Open(podOptions(cfg, log, images, net, shims))
+	shims, err := openShims(cfg, log, devices, closing)
+	if err != nil {
+		return err
+	}
+	options := podOptions(cfg, log, images, net, shims)
+	options.Conditions = devices.conditions
+	pods, err := pod.Open(options)
 	if err != nil {
 		return err
 	}
@@ -106,7 +112,7 @@ func (d demoted) Handle(ctx context.Context, r slog.Record) error {
 func (d demoted) WithAttrs(as []slog.Attr) slog.Handler { return demoted{d.Handler.WithAttrs(as)} }
 func (d demoted) WithGroup(name string) slog.Handler    { return demoted{d.Handler.WithGroup(name)} }
 
-func openShims(cfg config.Config, log *slog.Logger, closing func(string, func() error)) (*shim.Client, error) {
+func openShims(cfg config.Config, log *slog.Logger, devices *devicePlugin, closing func(string, func() error)) (*shim.Client, error) {
 	events := filepath.Join(cfg.State, "events.sock")
 	server, err := shim.ServeEvents(events)
 	if err != nil {
@@ -117,7 +123,7 @@ func openShims(cfg config.Config, log *slog.Logger, closing func(string, func() 
 	if err != nil {
 		return nil, err
 	}
-	o.EventsAddress, o.Events = events, server
+	o.EventsAddress, o.Events, o.Ready = events, server, devices.ready
 	shims, err := shim.New(o)
 	if err != nil {
 		return nil, err

@@ -31,6 +31,8 @@ type Config struct {
 	Runtime   Runtime
 	Streaming Streaming
 	Cloister  Cloister
+	// DevicePlugin is [device_plugin].
+	DevicePlugin DevicePlugin
 
 	// Files are the files that were read, in order; empty when none was there.
 	Files []string

@@ -13,14 +13,15 @@ import (
 // document is the file's shape. The tables of Config are decoded in place,
 // over the values that defaults and earlier files left.
 type document struct {
-	Version  int       `toml:"version"`
-	Root     *string   `toml:"root"`
-	State    *string   `toml:"state"`
-	Imports  []string  `toml:"imports"`
-	GRPC     grpcTable `toml:"grpc"`
-	Debug    debug     `toml:"debug"`
-	Plugins  plugins   `toml:"plugins"`
-	Cloister *Cloister `toml:"cloister"`
+	Version      int           `toml:"version"`
+	Root         *string       `toml:"root"`
+	State        *string       `toml:"state"`
+	Imports      []string      `toml:"imports"`
+	GRPC         grpcTable     `toml:"grpc"`
+	Debug        debug         `toml:"debug"`
+	Plugins      plugins       `toml:"plugins"`
+	Cloister     *Cloister     `toml:"cloister"`
+	DevicePlugin *DevicePlugin `toml:"device_plugin"`
 }
 
 type grpcTable struct {
@@ -53,9 +54,10 @@ func (l *loader) decode(path string, data []byte, main bool) ([]string, error) {
 	c := &l.config
 	doc := document{
 		Root: &c.Root, State: &c.State,
-		Debug:    debug{&c.LogLevel, &c.LogFormat},
-		Plugins:  plugins{&c.Images, &c.Runtime, &c.Streaming},
-		Cloister: &c.Cloister,
+		Debug:        debug{&c.LogLevel, &c.LogFormat},
+		Plugins:      plugins{&c.Images, &c.Runtime, &c.Streaming},
+		Cloister:     &c.Cloister,
+		DevicePlugin: &c.DevicePlugin,
 	}
 	dec := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields()
 	if err := dec.Decode(&doc); err != nil {

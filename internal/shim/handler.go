@@ -86,7 +86,10 @@ type Options struct {
 	LogLevel      string
 	Runtimes      map[string]Runtime
 	Default       string // handler for "", empty: the best one that works
-	Log           *slog.Logger
+	// Ready tells why a handler that works cannot be used now, as when the device
+	// that it needs is lost. It is asked again and again and may be nil.
+	Ready func(handler string) error
+	Log   *slog.Logger
 }
 
 // Client knows the handlers of the node and their shims.
@@ -218,7 +221,7 @@ func (c *Client) Default(ctx context.Context) (*Handler, error) {
 	c.mu.Lock()
 	def := c.def
 	c.mu.Unlock()
-	if def != nil {
+	if def != nil && (c.o.Ready == nil || c.o.Ready(def.Name) == nil) {
 		return def, nil
 	}
 	var reasons []string
@@ -249,11 +252,18 @@ func (c *Client) Default(ctx context.Context) (*Handler, error) {
 		strings.Join(reasons, "; "), errdefs.ErrFailedPrecondition)
 }
 
-// Features waits for the handler's probe and gives its result.
+// Features waits for the handler's probe and gives its result, as far as what
+// the handler needs is there.
 func (h *Handler) Features(ctx context.Context) (Features, error) {
 	select {
 	case <-h.probed:
-		return h.features, nil
+		f := h.features
+		if ready := h.client.o.Ready; f.Works && ready != nil {
+			if err := ready(h.Name); err != nil {
+				f.Works, f.Reason = false, err.Error()
+			}
+		}
+		return f, nil
 	case <-ctx.Done():
 		return Features{}, fmt.Errorf("wait for the probe of handler %q: %w", h.Name, ctx.Err())
 	}

@@ -79,6 +79,7 @@ func render(dir string) ([]byte, error) {
 	w.table(plugin+"cri.v1.runtime\"", reflect.ValueOf(d.Runtime))
 	w.table(plugin+"grpc.v1.cri\"", reflect.ValueOf(d.Streaming))
 	w.table("cloister", reflect.ValueOf(d.Cloister))
+	w.table("device_plugin", reflect.ValueOf(d.DevicePlugin))
 	return w.Bytes(), nil
 }
 
