@@ -28,6 +28,9 @@ const maxLine = 64 << 10
 
 const opMemory = "memory"
 
+// startedBy is set in the environment of a helper: its descriptors are there.
+const startedBy = "CLOISTER_TEEC"
+
 // request is a line to the helper. The first one carries the options.
 type request struct {
 	Op      string   `json:"op"`
@@ -46,7 +49,7 @@ type helper struct {
 	to      *os.File
 	from    *os.File
 	replies *bufio.Reader
-	said    *tail
+	said    *words
 	done    chan struct{} // closed when the process is gone
 	options *Options      // to be sent with the first question
 	once    sync.Once
@@ -63,10 +66,11 @@ func startHelper(path string, o Options) (*helper, error) {
 		to.Close()
 		return nil, fmt.Errorf("start %s: %w", path, err)
 	}
-	h := &helper{to: to, from: from, replies: bufio.NewReaderSize(from, maxLine), said: &tail{}, done: make(chan struct{}), options: &o}
+	h := &helper{to: to, from: from, replies: bufio.NewReaderSize(from, maxLine), said: &words{}, done: make(chan struct{}), options: &o}
 	h.cmd = exec.Command(path)
 	h.cmd.ExtraFiles = []*os.File{theirIn, theirOut}
 	h.cmd.Stdout, h.cmd.Stderr = h.said, h.said
+	h.cmd.Env = append(os.Environ(), startedBy+"=1")
 	h.cmd.WaitDelay = time.Second // a library that forked leaves its output open
 	err = h.cmd.Start()
 	theirIn.Close()
@@ -86,6 +90,7 @@ func startHelper(path string, o Options) (*helper, error) {
 // ask puts a question and waits for the answer.
 func (h *helper) ask(ctx context.Context, r request) (reply, error) {
 	r.Options, h.options = h.options, nil
+	h.said.reset()
 	line, err := json.Marshal(r)
 	if err != nil {
 		return reply{}, err
@@ -141,45 +146,49 @@ func (h *helper) end() string {
 		h.kill()
 		<-h.done
 	})
-	words := ""
+	last := ""
 	if s := h.cmd.ProcessState; s != nil {
-		words = " (" + s.String() + ")"
+		last = " (" + s.String() + ")"
 	}
 	if said := h.said.String(); said != "" {
-		words += ": " + said
+		last += ": " + said
 	}
-	return words
+	return last
 }
 
-// tail keeps the last words of a program.
-type tail struct {
+// words keeps what a program printed since it was asked: the beginning, as a
+// crash says at first what happened and then a lot more.
+type words struct {
 	mu  sync.Mutex
 	buf []byte
 }
 
-const tailBytes = 512
+const maxWords = 512
 
-func (t *tail) Write(p []byte) (int, error) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	t.buf = append(t.buf, p...)
-	if over := len(t.buf) - tailBytes; over > 0 {
-		t.buf = append(t.buf[:0], t.buf[over:]...)
-	}
+func (w *words) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.buf = append(w.buf, p[:min(len(p), maxWords-len(w.buf))]...)
 	return len(p), nil
 }
 
-func (t *tail) String() string {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	return strings.Join(strings.Fields(string(t.buf)), " ")
+func (w *words) reset() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.buf = w.buf[:0]
+}
+
+func (w *words) String() string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return strings.Join(strings.Fields(string(w.buf)), " ")
 }
 
 // Serve answers questions on the descriptors that a Client gave, until the
 // client goes. open loads the library; it is called once, with the first question.
 func Serve(open func(Options) (func() (Memory, error), error)) error {
 	in, out := os.NewFile(requestFD, "requests"), os.NewFile(replyFD, "replies")
-	if _, err := in.Stat(); err != nil {
+	if os.Getenv(startedBy) == "" {
 		return errors.New("this program is started by cloister, which gives it its descriptors; it does nothing by itself")
 	}
 	// A client that went while the library hangs must not leave this process behind.
