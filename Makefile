@@ -16,7 +16,7 @@ PROTOC_GEN_TTRPC  := v1.2.10
 # What the tests start; they build their own without it.
 export CLOISTER_BIN := $(CURDIR)/bin
 
-.PHONY: all build demo test unit integration conformance lint bench fault e2e fuzz generate install clean help
+.PHONY: all build demo test unit integration conformance lint bench fault e2e fuzz race generate install clean help
 
 all: build
 
@@ -71,14 +71,21 @@ e2e: build ## a Kubernetes control plane and kubelet on this daemon
 	test/e2e/run
 
 FUZZTIME ?= 30s
+CHAOS_TIME ?= 1m
 fuzz: ## every fuzz target for FUZZTIME each
 	@set -e; for pkg in $$($(GO) list ./...); do \
 	  for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
 	    echo "== $$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$pkg; \
 	  done; done
 
+race: ## a minute of random restarts of kubelet, device plugin and backend, under the race detector
+	CHAOS_TIME=$(CHAOS_TIME) $(GO) test -race -count=1 -v -run TestChaos ./internal/tee/plugin
+
 generate: ## Go code out of api/*.proto, docs/configuration.md out of internal/config
 	$(GO) run ./test/configdoc >docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
+	@set -e; for backend in trustzone sgx; do \
+	  $(GO) run ./cmd/cloister device-plugin manifest --backend $$backend --test >deploy/device-plugin-$$backend.yaml; \
+	done
 	@test/setup protoc
 	GOBIN=$(TOOLS) $(GO) install google.golang.org/protobuf/cmd/protoc-gen-go@$(PROTOC_GEN_GO)
 	GOBIN=$(TOOLS) $(GO) install google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GRPC)

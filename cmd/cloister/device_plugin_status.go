@@ -194,7 +194,7 @@ func linked(e plugin.EndpointStatus) string {
 
 func (a *app) devicePluginManifest() *cobra.Command {
 	p := config.Default().DevicePlugin
-	o := manifest.Options{Image: "registry.example/cloister:" + version, TestImage: "docker.io/library/busybox", Precision: p.Precision, Health: p.HealthInterval.String()}
+	o := manifest.Options{Image: "registry.example/cloister:1", TestImage: "docker.io/library/busybox", Precision: p.Precision, Health: p.HealthInterval.String()}
 	cmd := &cobra.Command{
 		Use:   "manifest",
 		Short: "Print a DaemonSet that runs the plugin, and a pod that tries it",

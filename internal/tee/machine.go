@@ -119,9 +119,15 @@ func (m Machine) CPUFlags() []string {
 func (m Machine) HasCPUFlag(flag string) bool { return slices.Contains(m.CPUFlags(), flag) }
 
 // miscFiles are where the misc controller tells what there is: cgroup v2, the
-// v2 part of a hybrid, v1.
+// v2 part of a hybrid, v1; in a container, which sees its own cgroup only, the
+// host's are mounted below /host.
 func miscFiles() []string {
-	return []string{"/sys/fs/cgroup/misc.capacity", "/sys/fs/cgroup/unified/misc.capacity", "/sys/fs/cgroup/misc/misc.capacity"}
+	here := []string{"/sys/fs/cgroup/misc.capacity", "/sys/fs/cgroup/unified/misc.capacity", "/sys/fs/cgroup/misc/misc.capacity"}
+	all := here
+	for _, f := range here {
+		all = append(all, "/host"+f)
+	}
+	return all
 }
 
 // MiscCapacity gives a line of misc.capacity, such as "tdx" or "sev_es". Zero

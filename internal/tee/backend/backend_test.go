@@ -128,7 +128,8 @@ func TestSGX(t *testing.T) {
 }
 
 func TestMisc(t *testing.T) {
-	for _, file := range []string{"/sys/fs/cgroup/misc.capacity", "/sys/fs/cgroup/unified/misc.capacity", "/sys/fs/cgroup/misc/misc.capacity"} {
+	for _, file := range []string{"/sys/fs/cgroup/misc.capacity", "/sys/fs/cgroup/unified/misc.capacity", "/sys/fs/cgroup/misc/misc.capacity",
+		"/host/sys/fs/cgroup/misc.capacity"} {
 		m := newMachine(t)
 		sev, tdx := m.open("sev", nil), m.open("tdx", nil)
 		want(t, look(t, sev)+look(t, tdx), "")

@@ -43,7 +43,7 @@ type fill struct {
 	Memory     bool
 }
 
-type folder struct{ Name, Path, Type string }
+type folder struct{ Name, Host, Path, Type string }
 
 // Write gives the objects as YAML.
 func Write(o Options) ([]byte, error) {
@@ -53,12 +53,14 @@ func Write(o Options) ([]byte, error) {
 		f.Selector, f.LabelArg = `teetype: "trustzone"`, "teetype=trustzone"
 		// The container opens the TEE's devices itself, and only a privileged one may.
 		f.Privileged, f.Memory, f.Units = true, true, 10
-		f.Folders = []folder{{"teecd", "/var/itrustee/teecd", "Directory"}, {"ta", "/data", "Directory"}}
+		f.Folders = []folder{{"teecd", "/var/itrustee/teecd", "/var/itrustee/teecd", "Directory"}, {"ta", "/data", "/data", "Directory"}}
 	case "sgx":
 		f.Selector, f.LabelArg = `sgx.intel.com/capable: "true"`, "sgx.intel.com/capable=true"
 		f.API = true
 		f.Devices = []string{"/dev/sgx_enclave", "/dev/sgx_provision"}
 	case "sev", "tdx":
+		// A container sees its own cgroup, and misc.capacity is in the root's.
+		f.Folders = []folder{{"cgroup", "/sys/fs/cgroup", "/host/sys/fs/cgroup", "Directory"}}
 		if o.Backend == "sev" {
 			f.Devices = []string{"/dev/sev"}
 		}

@@ -196,7 +196,10 @@ func TestRefusals(t *testing.T) {
 	if _, err := b.allocate(t.Context(), ram, "1"); err == nil {
 		t.Error("the backend's refusal is not kubelet's")
 	}
-	b.f.set(func() { b.f.refuse = nil; b.f.ailments = []tee.Ailment{{Resource: ram, Part: tee.AllParts, Reason: "unplugged"}} })
+	b.f.set(func() {
+		b.f.refuse = nil
+		b.f.ailments = []tee.Ailment{{Resource: ram, Part: tee.AllParts, Reason: "unplugged"}}
+	})
 	b.offered(t, ram, 0)
 	_, err := b.allocate(t.Context(), ram, "1")
 	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "unplugged") {
