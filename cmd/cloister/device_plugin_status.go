@@ -222,7 +222,5 @@ func (a *app) devicePluginManifest() *cobra.Command {
 	f.IntVar(&o.Precision, "precision", o.Precision, "size of a unit of memory in `KiB`")
 	f.StringVar(&o.Health, "health-interval", o.Health, "time between two checks")
 	f.BoolVar(&o.Test, "test", false, "print a pod that asks for the resource, too")
-	// The flag was added above.
-	_ = cmd.MarkFlagRequired("backend")
 	return cmd
 }

@@ -140,7 +140,10 @@ func (m Machine) MiscCapacity(key string) (int64, bool) {
 				continue
 			}
 			n, err := strconv.ParseInt(strings.TrimSpace(value), 10, 64)
-			return n, err == nil && n > 0
+			if err != nil || n <= 0 {
+				return 0, false
+			}
+			return n, true
 		}
 	}
 	return 0, false

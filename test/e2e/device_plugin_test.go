@@ -66,6 +66,8 @@ func TestDevicePlugin(t *testing.T) {
 		{"health loss and recovery", d.health},
 		{"ten restarts of kubelet", d.kubeletRestarts},
 		{"kills of the plugin", d.pluginKills},
+		{"SGX", d.sgx},
+		{"as a DaemonSet", d.daemonSet},
 		{"inside the daemon", d.insideDaemon},
 	} {
 		if !t.Run(s.name, s.run) {
@@ -380,4 +382,72 @@ func (d *devices) insideDaemon(t *testing.T) {
 	d.unharmed(t, before)
 	d.pod(t, "inside", teeRAM, "5")
 	d.must(t, "wait", "pod/inside", "--for=condition=Ready", "--timeout=90s")
+}
+
+// sgx shows a plugin a machine with SGX. Bytes of EPC go into the node's status
+// by the API server, as kubelet takes no device for each byte.
+func (d *devices) sgx(t *testing.T) {
+	const node = "/sys/devices/system/node"
+	file := filepath.Join(d.work, "sgx.toml")
+	text := fmt.Sprintf("version = 3\nroot = %q\nstate = %q\n[device_plugin]\nhealth_interval = \"1s\"\nkubeconfig = %q\nnode_name = %q\n",
+		filepath.Join(d.work, "sgx-root"), filepath.Join(d.work, "sgx-state"), d.ca.file("kubelet.kubeconfig"), nodeName)
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	script := strings.Join([]string{
+		"mount -t tmpfs tmpfs " + node, "mkdir -p " + node + "/node0/x86 " + node + "/node1/x86",
+		"echo 67108864 >" + node + "/node0/x86/sgx_total_bytes", "echo 33554432 >" + node + "/node1/x86/sgx_total_bytes",
+		"mount -t tmpfs tmpfs /dev", "mknod /dev/null c 1 3", "mknod /dev/sgx_enclave c 1 5", "mknod /dev/sgx_provision c 1 5",
+		"exec " + d.plugin.args[0] + " device-plugin run --config " + file,
+	}, " && ")
+	p := &process{name: "sgx-plugin", log: filepath.Join(d.dir, "sgx.log"), args: []string{"unshare", "--mount", "sh", "-c", script}}
+	if err := p.start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		closing(t, func() error { return p.stop(syscall.SIGTERM) })
+		if t.Failed() {
+			t.Log(p.tail(20))
+		}
+	}()
+	d.offers(t, "sgx.intel.com/enclave", "110", 60*time.Second)
+	d.offers(t, "sgx.intel.com/provision", "110", 60*time.Second)
+	t.Logf("EPC of both NUMA nodes allocatable after %v more", d.offers(t, "sgx.intel.com/epc", "100663296", 60*time.Second))
+	d.pod(t, "epc", "sgx.intel.com/epc", "64Mi")
+	d.must(t, "wait", "pod/epc", "--for=condition=Ready", "--timeout=60s")
+	d.pod(t, "epc2", "sgx.intel.com/epc", "64Mi")
+	eventually(t, 30*time.Second, func() error {
+		return want(d.must(t, "get", "pod", "epc2", "-o", "jsonpath={.status.phase} {.status.conditions[0].message}"), "Insufficient sgx.intel.com/epc")
+	})
+	d.must(t, "delete", "pod", "epc", "epc2", "--timeout=60s")
+}
+
+// daemonSet runs the plugin in a pod without privileges, from the manifest that
+// the program prints. The program comes from the host: there is no image of it.
+func (d *devices) daemonSet(t *testing.T) {
+	if err := d.plugin.stop(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	d.offers(t, simRAM, "0", 60*time.Second)
+	out, err := exec.Command(d.plugin.args[0], "device-plugin", "manifest", "--backend", "sim", "--image", plainImage, "--precision", "1024").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.kubectlIn(t.Context(), string(out), "apply", "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+	const name = "daemonset/cloister-device-plugin-sim"
+	patch := fmt.Sprintf(`{"spec":{"template":{"spec":{"containers":[{"name":"device-plugin","volumeMounts":[{"name":"program","mountPath":"/cloister","readOnly":true}]}],
+"volumes":[{"name":"program","hostPath":{"path":%q,"type":"File"}}]}}}}`, d.plugin.args[0])
+	d.must(t, "-n", "kube-system", "patch", name, "-p", patch)
+	d.must(t, "label", "node", nodeName, "tee.cloister.dev/sim=true", "--overwrite")
+	t.Logf("a pod without privileges offers after %v", d.offers(t, simRAM, "64", 90*time.Second))
+	d.pod(t, "from-daemonset", simRAM, "2")
+	d.must(t, "wait", "pod/from-daemonset", "--for=condition=Ready", "--timeout=60s")
+	d.must(t, "delete", "pod", "from-daemonset", "--timeout=60s")
+	d.must(t, "-n", "kube-system", "delete", name, "--timeout=60s")
+	if err := d.plugin.start(); err != nil {
+		t.Fatal(err)
+	}
+	d.offers(t, simRAM, simUnits, 60*time.Second)
 }

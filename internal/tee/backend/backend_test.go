@@ -8,7 +8,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
@@ -148,6 +150,8 @@ func TestTPM(t *testing.T) {
 	b := m.open("tpm", nil)
 	want(t, look(t, b), "")
 	m.device("/dev/tpmrm0", "/dev/tpmrm1")
+	m.write("/sys/class/tpm/tpm0/device/numa_node", "-1\n")
+	m.write("/sys/class/tpm/tpm1/device/numa_node", "1\n")
 	want(t, look(t, b), "cloister.dev/tpm=32")
 	found, err := b.Scan(t.Context())
 	if err != nil {
@@ -155,6 +159,9 @@ func TestTPM(t *testing.T) {
 	}
 	if g := found[0].Parts[1].Grant.Devices[0]; g.Host != m.Path("/dev/tpmrm1") || g.Container != "/dev/tpmrm0" {
 		t.Errorf("the second TPM is given as %+v", g)
+	}
+	if found[0].Parts[0].NUMA != nil || !slices.Equal(found[0].Parts[1].NUMA, []int64{1}) {
+		t.Errorf("NUMA nodes: %v and %v", found[0].Parts[0].NUMA, found[0].Parts[1].NUMA)
 	}
 }
 
@@ -230,6 +237,20 @@ func freeMemory(t *testing.T, b tee.Backend, lib *teectest.Library, r tee.Resour
 	if err := allocate(t.Context()); err != nil {
 		t.Errorf("ten of ten free units: %v", err)
 	}
+	const many = 2000
+	start := time.Now()
+	var all sync.WaitGroup
+	for range 8 {
+		all.Go(func() {
+			for range many / 8 {
+				if err := allocate(t.Context()); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	all.Wait()
+	t.Logf("%.0f allocations a second, each with a session to the TA", many/time.Since(start).Seconds())
 	lib.Say(t, "unit=1 free=5119")
 	if err := allocate(t.Context()); !errors.Is(err, errdefs.ErrResourceExhausted) || !strings.Contains(err.Error(), "5119 KiB free") {
 		t.Errorf("ten of nine free units: %v", err)
@@ -278,4 +299,24 @@ func TestProbe(t *testing.T) {
 	if got := Auto(m.Machine); !slices.Equal(got, []string{"sgx", "tdx", "trustzone", "tpm"}) {
 		t.Errorf("backends: %v", got)
 	}
+}
+
+func FuzzMisc(f *testing.F) {
+	f.Add("sev 404\nsev_es 99\n")
+	f.Add("tdx 99999999999999999999\ntdx")
+	f.Fuzz(func(t *testing.T, text string) {
+		m := tee.Machine{Root: t.TempDir()}
+		dir := m.Path("/sys/fs/cgroup")
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "misc.capacity"), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		for _, key := range []string{"sev", "sev_es", "tdx"} {
+			if n, ok := m.MiscCapacity(key); ok != (n > 0) {
+				t.Errorf("%q: %d, %v", text, n, ok)
+			}
+		}
+	})
 }

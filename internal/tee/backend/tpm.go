@@ -4,6 +4,7 @@ import (
 	"context"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"cloister.dev/internal/tee"
@@ -32,10 +33,15 @@ func (t *tpm) Scan(context.Context) ([]tee.Resource, error) {
 	slices.Sort(nodes)
 	r := tee.Resource{Name: t.o.Resource, Model: tee.Count}
 	for _, n := range nodes {
-		name := filepath.Base(n)
-		r.Parts = append(r.Parts, tee.Part{Key: strings.TrimPrefix(name, "tpm"), Units: t.o.Limit, Grant: tee.Grant{
+		key := strings.TrimPrefix(filepath.Base(n), "tpm")
+		p := tee.Part{Key: key, Units: t.o.Limit, Grant: tee.Grant{
 			Devices: []tee.Device{{Host: n, Container: "/dev/tpmrm0", Access: "rw"}},
-		}})
+		}}
+		numa := t.m.Read("/sys/class/tpm/tpm" + strings.TrimPrefix(key, "rm") + "/device/numa_node")
+		if node, err := strconv.ParseInt(numa, 10, 64); err == nil && node >= 0 { // -1 is unknown
+			p.NUMA = []int64{node}
+		}
+		r.Parts = append(r.Parts, p)
 	}
 	return []tee.Resource{r}, nil
 }

@@ -69,7 +69,7 @@ func Write(o Options) ([]byte, error) {
 	case "sim":
 		f.Memory, f.Units = true, 2
 	default:
-		return nil, fmt.Errorf("there is no backend %q; there are trustzone, sgx, sev, tdx, tpm and sim: %w", o.Backend, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("the backend is %q; choose one of trustzone, sgx, sev, tdx, tpm and sim: %w", o.Backend, errdefs.ErrInvalidArgument)
 	}
 	if f.Selector == "" {
 		f.Selector, f.LabelArg = "tee.cloister.dev/"+o.Backend+`: "true"`, "tee.cloister.dev/"+o.Backend+"=true"

@@ -57,6 +57,7 @@ type offer struct {
 	limit    string // why not all of them
 	encoded  list
 	cdi      string // kind of the CDI devices; empty without
+	cdiLost  bool   // the specification could not be written
 	outdated chan struct{}
 }
 
@@ -106,6 +107,7 @@ func (e *endpoint) update(r tee.ResourceState) {
 	}
 	var err error
 	if next.cdi, err = e.p.writeCDI(r.Resource); err != nil {
+		next.cdiLost = true
 		e.p.log.Warn("write the CDI specification; containers get their devices without it", "resource", e.name, "err", err)
 	}
 	e.mu.Lock()
@@ -113,6 +115,27 @@ func (e *endpoint) update(r tee.ResourceState) {
 	e.mu.Unlock()
 	if old != nil {
 		close(old.outdated)
+	}
+}
+
+// retryCDI writes the specification that could not be written, as when the
+// folder was full.
+func (e *endpoint) retryCDI() {
+	now := e.current()
+	if !now.cdiLost {
+		return
+	}
+	kind, err := e.p.writeCDI(now.state.Resource)
+	if err != nil {
+		return
+	}
+	e.p.log.Info("wrote the CDI specification", "resource", e.name)
+	next := *now
+	next.cdi, next.cdiLost = kind, false
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.now == now { // nothing newer came meanwhile
+		e.now = &next
 	}
 }
 
@@ -227,6 +250,7 @@ func (e *endpoint) stay(ctx context.Context, kubelet, mine identity) error {
 		case <-e.poke:
 		case <-tick.C:
 		}
+		e.retryCDI()
 		if now, err := identify(e.p.kubeletSocket()); err != nil || now != kubelet {
 			return errors.Join(errRenewed, err)
 		}

@@ -455,13 +455,27 @@ func TestFullCDIFolder(t *testing.T) {
 	if err != nil || len(r.Devices) != 1 || len(r.CdiDevices) != 0 {
 		t.Errorf("without CDI: %v, %v", r, err)
 	}
+	if entries, err := os.ReadDir(dir); err != nil || len(entries) != 1 {
+		t.Errorf("left in the full folder: %v, %v", entries, err)
+	}
+	if err := os.Remove(filepath.Join(dir, "other.json")); err != nil {
+		t.Fatal(err)
+	}
+	for limit := time.Now().Add(15 * time.Second); ; {
+		b.plugin.all()[0].nudge() // it looks by itself every ten seconds
+		if r, err = b.allocate(t.Context(), ram, "1"); err != nil {
+			t.Fatal(err)
+		}
+		if len(r.CdiDevices) == 1 || time.Now().After(limit) {
+			break
+		}
+	}
+	if len(r.CdiDevices) != 1 {
+		t.Error("no CDI after there is room")
+	}
 	b.stop()
 	if !strings.Contains(log.String(), "no space left") {
 		t.Errorf("nothing says why there is no CDI:\n%s", &log)
-	}
-	entries, err := os.ReadDir(dir)
-	if err != nil || len(entries) != 1 {
-		t.Errorf("left in the full folder: %v, %v", entries, err)
 	}
 }
 
