@@ -118,10 +118,10 @@ func checkPrecision(kib int64) error {
 }
 
 // devices grants device nodes under their own names.
-func devices(m tee.Machine, access string, paths ...string) []tee.Device {
+func devices(m tee.Machine, paths ...string) []tee.Device {
 	all := make([]tee.Device, 0, len(paths))
 	for _, p := range paths {
-		all = append(all, tee.Device{Host: m.Path(p), Container: p, Access: access})
+		all = append(all, tee.Device{Host: m.Path(p), Container: p, Access: "rw"})
 	}
 	return all
 }

@@ -35,11 +35,11 @@ func (s *sgx) Scan(context.Context) ([]tee.Resource, error) {
 		return nil, nil
 	}
 	found := []tee.Resource{{Name: s.o.Enclave, Model: tee.Count, Parts: []tee.Part{{
-		Units: s.o.EnclaveLimit, Grant: tee.Grant{Devices: devices(s.m, "rw", sgxEnclave)},
+		Units: s.o.EnclaveLimit, Grant: tee.Grant{Devices: devices(s.m, sgxEnclave)},
 	}}}}
 	if s.m.Exists(sgxProvision) {
 		found = append(found, tee.Resource{Name: s.o.Provision, Model: tee.Count, Parts: []tee.Part{{
-			Units: s.o.ProvisionLimit, Grant: tee.Grant{Devices: devices(s.m, "rw", sgxProvision)},
+			Units: s.o.ProvisionLimit, Grant: tee.Grant{Devices: devices(s.m, sgxProvision)},
 		}}})
 	}
 	epc := s.m.EPC()

@@ -43,7 +43,7 @@ func (s *sim) Scan(context.Context) ([]tee.Resource, error) {
 			s.o.Resource, SimDomain, errdefs.ErrInvalidArgument)
 	}
 	r := tee.Resource{Name: s.o.Resource, Model: tee.Memory, UnitKiB: s.o.PrecisionKiB}
-	grant := tee.Grant{Devices: devices(tee.Machine{}, "rw", s.o.Devices...), Env: map[string]string{"CLOISTER_TEE": "sim"}}
+	grant := tee.Grant{Devices: devices(tee.Machine{}, s.o.Devices...), Env: map[string]string{"CLOISTER_TEE": "sim"}}
 	for _, f := range s.o.Folders {
 		grant.Mounts = append(grant.Mounts, tee.Mount{Host: f, Container: f, ReadOnly: true})
 	}

@@ -46,7 +46,7 @@ func (t *trustZone) Scan(ctx context.Context) ([]tee.Resource, error) {
 		return nil, fmt.Errorf("the TEE has %d KiB of memory, %d KiB are reserved, and a unit takes %d KiB; lower reserve_kib or precision: %w",
 			m.TotalKiB, t.o.ReserveKiB, t.o.PrecisionKiB, errdefs.ErrOutOfRange)
 	}
-	grant := tee.Grant{Devices: devices(t.m, "rw", t.o.Devices...)}
+	grant := tee.Grant{Devices: devices(t.m, t.o.Devices...)}
 	for _, dir := range t.o.Folders {
 		grant.Mounts = append(grant.Mounts, tee.Mount{Host: t.m.Path(dir), Container: dir, ReadOnly: true})
 	}

@@ -11,7 +11,6 @@ import (
 	"slices"
 
 	v1beta1 "k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1"
-	"tags.cncf.io/container-device-interface/pkg/cdi"
 	specs "tags.cncf.io/container-device-interface/specs-go"
 
 	"cloister.dev/internal/tee"
@@ -45,7 +44,7 @@ func (p *Plugin) writeCDI(r tee.Resource) (string, error) {
 	if len(spec.Devices) == 0 {
 		return "", nil
 	}
-	version, err := cdi.MinimumRequiredVersion(spec)
+	version, err := specs.MinimumRequiredVersion(spec)
 	if err != nil {
 		return "", fmt.Errorf("CDI specification of %s: %w", r.Name, err)
 	}

@@ -205,12 +205,38 @@ func (e *endpoint) attempt(ctx context.Context) error {
 	go func() { served <- g.Serve(lis) }()
 	defer func() {
 		g.Stop()
-		<-served
+		if err := <-served; err != nil {
+			e.p.log.Debug("serve", "resource", e.name, "err", err)
+		}
 	}()
-	if err := e.register(ctx); err != nil {
+	if err := e.registerOn(ctx, mine); err != nil {
 		return err
 	}
 	return e.stay(ctx, kubelet, mine)
+}
+
+// registerOn registers and gives up as soon as our socket is gone: a kubelet
+// that starts empties its folder, and would look for the socket for ten seconds.
+func (e *endpoint) registerOn(ctx context.Context, mine identity) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	done := make(chan error, 1)
+	go func() { done <- e.register(ctx) }()
+	tick := time.NewTicker(streamGrace / 2)
+	defer tick.Stop()
+	for {
+		select {
+		case err := <-done:
+			return err
+		case <-e.poke:
+		case <-tick.C:
+		}
+		if now, err := identify(e.socket); err != nil || now != mine {
+			cancel(errOwnSocket)
+			<-done
+			return errOwnSocket
+		}
+	}
 }
 
 // register tells kubelet of the socket, on which it calls back at once.

@@ -29,6 +29,7 @@ type kubelet struct {
 	registers int
 	changed   chan struct{}
 	refuse    error
+	sweep     bool // empty the folder when the next registration comes, as a start does
 	running   sync.WaitGroup
 }
 
@@ -105,11 +106,20 @@ func (k *kubelet) news() {
 func (k *kubelet) Register(ctx context.Context, r *v1beta1.RegisterRequest) (*v1beta1.Empty, error) {
 	k.mu.Lock()
 	k.registers++
-	refuse := k.refuse
+	refuse, sweep := k.refuse, k.sweep
+	k.sweep = false
 	k.news()
 	k.mu.Unlock()
 	if refuse != nil {
 		return nil, refuse
+	}
+	if sweep { // kubelet looks for the plugin's socket for ten seconds
+		_ = os.Remove(filepath.Join(k.dir, r.Endpoint))
+		select {
+		case <-ctx.Done():
+		case <-time.After(10 * time.Second):
+		}
+		return nil, context.DeadlineExceeded
 	}
 	if r.Version != v1beta1.Version || filepath.Base(r.Endpoint) != r.Endpoint {
 		return nil, errors.New("bad request")

@@ -9,6 +9,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
@@ -288,6 +289,19 @@ func TestComesBack(t *testing.T) {
 	}
 }
 
+// A kubelet that starts may empty its folder between our socket and our
+// registration.
+func TestFolderEmptiedMeanwhile(t *testing.T) {
+	b := newBed(t, memory(20), Options{})
+	b.sweep = true
+	b.kubelet.start(t)
+	start := time.Now()
+	b.offered(t, ram, 20)
+	if took := time.Since(start); took > 5*time.Second {
+		t.Errorf("offered after %v", took)
+	}
+}
+
 func TestPluginRestarts(t *testing.T) {
 	b := newBed(t, memory(20), Options{})
 	b.kubelet.start(t)
@@ -509,7 +523,7 @@ func TestStatusAndMetrics(t *testing.T) {
 	}
 	get := func(path string) string {
 		w := httptest.NewRecorder()
-		h.ServeHTTP(w, httptest.NewRequest("GET", path, nil))
+		h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, path, nil))
 		return w.Body.String()
 	}
 	var s Status
