@@ -18,12 +18,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"k8s.io/client-go/rest"
-	"k8s.io/client-go/tools/clientcmd"
 )
-
-// InCluster stands for a kubeconfig: the credentials of the pod that we run in.
-const InCluster = "in-cluster"
 
 // Client writes one Node.
 type Client struct {
@@ -32,32 +27,21 @@ type Client struct {
 	http *http.Client
 }
 
-// Open reads the credentials; nothing is asked of the server yet.
-func Open(kubeconfig, node string) (*Client, error) {
+// Open reads the credentials, of a kubeconfig or InCluster; nothing is asked of
+// the server yet.
+func Open(path, node string) (*Client, error) {
 	if node == "" {
 		return nil, fmt.Errorf("the node's name is not known; set node_name: %w", errdefs.ErrInvalidArgument)
 	}
-	var c *rest.Config
-	var err error
-	if kubeconfig == InCluster {
-		c, err = rest.InClusterConfig()
-	} else {
-		c, err = clientcmd.BuildConfigFromFlags("", kubeconfig)
-	}
+	c, u, err := credentials(path)
 	if err != nil {
-		return nil, fmt.Errorf("read credentials %s: %w", kubeconfig, err)
+		return nil, fmt.Errorf("credentials %s: %w", path, err)
 	}
-	c.Timeout = 15 * time.Second
-	c.UserAgent = "cloister-device-plugin"
-	client, err := rest.HTTPClientFor(c)
+	t, base, err := transport(c, u)
 	if err != nil {
-		return nil, fmt.Errorf("use credentials %s: %w", kubeconfig, err)
+		return nil, fmt.Errorf("credentials %s: %w", path, err)
 	}
-	base, _, err := rest.DefaultServerUrlFor(c)
-	if err != nil {
-		return nil, fmt.Errorf("use credentials %s: %w", kubeconfig, err)
-	}
-	return &Client{name: node, base: base, http: client}, nil
+	return &Client{name: node, base: base, http: &http.Client{Transport: t, Timeout: 15 * time.Second}}, nil
 }
 
 // SetLabels sets labels and leaves all others.
@@ -105,6 +89,7 @@ func (c *Client) send(ctx context.Context, method, path string, body any, what s
 	if err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
+	req.Header.Set("User-Agent", "cloister-device-plugin")
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("Content-Type", "application/json")
 	if method == http.MethodPatch {

@@ -102,7 +102,81 @@ func TestBadCredentials(t *testing.T) {
 	if _, err := Open("/no/such/file", "n"); err == nil {
 		t.Error("no file, and no error")
 	}
-	if _, err := Open(InCluster, "n"); err == nil {
-		t.Error("not in a cluster, and no error")
+	if _, err := Open(InCluster, "n"); err == nil || !strings.Contains(err.Error(), "not a pod") {
+		t.Errorf("not in a cluster: %v", err)
 	}
+	good, err := os.ReadFile(kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tests := map[string]struct{ old, fresh, want string }{
+		"nonsense":       {string(good), "token: sesame: {", "not YAML"},
+		"no context":     {`"current-context":"c"`, `"current-context":"x"`, "no cluster or no user"},
+		"http":           {`"server":"https`, `"server":"http`, "not https"},
+		"insecure":       {`"server"`, `"insecure-skip-tls-verify":true,"server"`, "does not verify"},
+		"a program":      {`"token":"sesame"`, `"exec":{"command":"rm"}`, "is a program"},
+		"no certificate": {`"token":"sesame"`, `"client-certificate":"none.pem"`, "none.pem"},
+		"bad authority":  {`"certificate-authority-data":"`, `"certificate-authority-data":"AAAA`, "certificate-authority"},
+	}
+	for name, tt := range tests {
+		t.Run(name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "kubeconfig")
+			if err := os.WriteFile(path, []byte(strings.Replace(string(good), tt.old, tt.fresh, 1)), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			_, err := Open(path, "n")
+			if err == nil || !strings.Contains(err.Error(), tt.want) || strings.Contains(err.Error(), "sesame") {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
+
+// A token that is rotated is used from the next request on.
+func TestTokenFile(t *testing.T) {
+	s, kubeconfig := newServer(t)
+	b, err := os.ReadFile(kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	path := filepath.Join(dir, "kubeconfig")
+	text := strings.Replace(string(b), `"token":"sesame"`, `"tokenFile":"token"`, 1)
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c, err := Open(path, "n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, token := range []string{"one", "two"} {
+		if err := os.WriteFile(filepath.Join(dir, "token"), []byte(token+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.SetLabels(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		if got := s.got[len(s.got)-1]; !strings.Contains(got, "Bearer "+token+" ") {
+			t.Errorf("asked with %s", got)
+		}
+	}
+	if err := os.Remove(filepath.Join(dir, "token")); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.SetLabels(t.Context(), nil); err == nil {
+		t.Error("asked without a token")
+	}
+}
+
+func FuzzKubeconfig(f *testing.F) {
+	f.Add([]byte(`{"current-context":"c","contexts":[{"name":"c","context":{"cluster":"k","user":"u"}}]}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		path := filepath.Join(t.TempDir(), "kubeconfig")
+		if err := os.WriteFile(path, text, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if c, u, err := credentials(path); err == nil {
+			_, _, _ = transport(c, u) // it may be refused, it may not panic
+		}
+	})
 }

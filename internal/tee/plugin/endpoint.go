@@ -233,7 +233,9 @@ func (e *endpoint) registerOn(ctx context.Context, mine identity) error {
 		}
 		if now, err := identify(e.socket); err != nil || now != mine {
 			cancel(errOwnSocket)
-			<-done
+			if err := <-done; err != nil {
+				e.p.log.Debug("registration given up", "resource", e.name, "err", err)
+			}
 			return errOwnSocket
 		}
 	}
