@@ -87,7 +87,10 @@ type Options struct {
 	LogLevel      string
 	Runtimes      map[string]Runtime
 	Default       string // handler for "", empty: the best one that works
-	Log           *slog.Logger
+	// Ready tells why a handler that works cannot be used now, as when the device
+	// that it needs is lost. It is asked again and again and may be nil.
+	Ready func(handler string) error
+	Log   *slog.Logger
 }
 
 // Client knows the handlers of the node and their shims.
@@ -201,7 +204,7 @@ func (c *Client) best(ctx context.Context, set handlerSet) (*Handler, error) {
 	if set.def != "" {
 		return set.working(ctx, set.def)
 	}
-	if set.chosen != nil {
+	if set.chosen != nil && (c.o.Ready == nil || c.o.Ready(set.chosen.Name) == nil) {
 		return set.chosen, nil
 	}
 	var reasons []string
@@ -221,11 +224,18 @@ func (c *Client) best(ctx context.Context, set handlerSet) (*Handler, error) {
 		strings.Join(reasons, "; "), errdefs.ErrFailedPrecondition)
 }
 
-// Features waits for the handler's probe and gives its result.
+// Features waits for the handler's probe and gives its result, as far as what
+// the handler needs is there.
 func (h *Handler) Features(ctx context.Context) (Features, error) {
 	select {
 	case <-h.trial.done:
-		return h.trial.features, nil
+		f := h.trial.features
+		if ready := h.client.o.Ready; f.Works && ready != nil {
+			if err := ready(h.Name); err != nil {
+				f.Works, f.Reason = false, err.Error()
+			}
+		}
+		return f, nil
 	case <-ctx.Done():
 		return Features{}, fmt.Errorf("wait for the probe of handler %q: %w", h.Name, ctx.Err())
 	}
