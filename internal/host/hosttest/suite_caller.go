@@ -10,8 +10,9 @@ import (
 	"syscall"
 	"time"
 
-	hostv1 "cloister.dev/api/host/v1"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+
+	hostv1 "cloister.dev/api/host/v1"
 )
 
 // gate is an OCI runtime that waits, while it is shut, before it does what
@@ -55,6 +56,21 @@ func (g gate) set(s *Shim, open bool) {
 	}
 }
 
+// cutOff closes the connection while the runtime serves a call of it.
+func (s *Shim) cutOff(g gate, what string, call func(context.Context) error) {
+	s.t.Helper()
+	g.set(s, false)
+	done := make(chan error, 1)
+	go func() { done <- call(s.ctx()) }()
+	s.await("the runtime's "+what, func() bool { _, err := os.Stat(g.called); return err == nil })
+	s.conn.Close()
+	if err := <-done; err == nil {
+		s.t.Errorf("%s: the caller died and got an answer", what)
+	}
+	s.Connect()
+	g.set(s, true)
+}
+
 // testCallerDies: who asked for a container or an exec dies while the runtime
 // works. The runtime is not killed for that, and what it makes is there when
 // the next caller asks.
@@ -67,16 +83,7 @@ func testCallerDies(s *Shim) {
 	defer s.Remove("cd-host")
 	cut := func(what string, call func(context.Context) error) {
 		s.t.Helper()
-		g.set(s, false)
-		done := make(chan error, 1)
-		go func() { done <- call(s.ctx()) }()
-		s.await("the runtime's "+what, func() bool { _, err := os.Stat(g.called); return err == nil })
-		s.conn.Close()
-		if err := <-done; err == nil {
-			s.t.Errorf("%s: the caller died and got an answer", what)
-		}
-		s.Connect()
-		g.set(s, true)
+		s.cutOff(g, what, call)
 		named.client, named.conn, named.Task, named.Host = s.client, s.conn, s.Task, s.Host
 	}
 

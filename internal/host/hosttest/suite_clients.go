@@ -5,11 +5,12 @@ import (
 	"io"
 	"os"
 
-	hostv1 "cloister.dev/api/host/v1"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	runcopts "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
+
+	hostv1 "cloister.dev/api/host/v1"
 )
 
 // testStockRequest creates a task as containerd does.
