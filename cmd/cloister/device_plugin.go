@@ -51,12 +51,12 @@ The original plugin's flags -precision KIB and -internal SECONDS are taken, too.
 			if err != nil {
 				return usage(err)
 			}
-			log, err := logger(a.stderr, cfg.LogLevel, cfg.LogFormat)
+			log, err := newLogger(a.stderr, cfg.LogLevel, cfg.LogFormat)
 			if err != nil {
 				return usage(err)
 			}
 			o := agentOptions(cfg)
-			o.Log = log
+			o.Log = log.Logger
 			plugin, err := agent.New(o)
 			if err != nil {
 				return err

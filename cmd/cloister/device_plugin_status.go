@@ -119,7 +119,7 @@ func (a *app) printReport(r pluginReport, wide bool) error {
 		}
 		for _, res := range b.Resources {
 			for n, p := range res.Parts {
-				row := []string{res.Name, b.Backend, p.Key, units(res, p), strconv.Itoa(used[res.Name]), health(res.Health[n]), res.Health[n].Reason}
+				row := []string{res.Name, b.Backend, p.Key, units(res, p), strconv.Itoa(used[res.Name]), healthWord(res.Health[n]), res.Health[n].Reason}
 				if wide {
 					e := ends[res.Name]
 					row = append(row, unit(res), linked(e), e.Socket, e.CDI, e.Limit)
@@ -173,7 +173,7 @@ func unit(r tee.ResourceState) string {
 	return "1"
 }
 
-func health(h tee.Health) string {
+func healthWord(h tee.Health) string {
 	if h.Healthy {
 		return "healthy"
 	}

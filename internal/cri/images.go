@@ -3,6 +3,7 @@ package cri
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
@@ -21,7 +22,11 @@ func (s *Server) PullImage(ctx context.Context, r *runtimeapi.PullImageRequest) 
 	if err != nil {
 		return nil, err
 	}
+	start := time.Now()
 	img, err := s.images.Pull(ctx, image.PullRequest{Ref: r.GetImage().GetImage(), Auth: auth(r.GetAuth()), Snapshotter: snapshotter})
+	if s.observePull != nil {
+		s.observePull(time.Since(start), int64(img.Size), err)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -87,6 +87,9 @@ type Options struct {
 	// means the default for all.
 	Snapshotter func(handler string) (string, error)
 	Log         *slog.Logger
+	// ObserveCall and ObservePull are told of calls and pulls; nil ones are not.
+	ObserveCall func(call, code string, took time.Duration)
+	ObservePull func(took time.Duration, bytes int64, err error)
 }
 
 // Server implements CRI's RuntimeService and ImageService.
@@ -101,6 +104,8 @@ type Server struct {
 	snapshotter func(handler string) (string, error)
 	log         *slog.Logger
 	subscribe   func() events
+	observeCall func(call, code string, took time.Duration)
+	observePull func(took time.Duration, bytes int64, err error)
 
 	stopping context.Context // over once event streams are to end
 	stop     context.CancelFunc
@@ -116,6 +121,7 @@ type events interface {
 func New(o Options) *Server {
 	s := &Server{
 		pods: o.Pods, images: o.Images, stream: o.Stream, version: o.Version, snapshotter: o.Snapshotter, log: o.Log,
+		observeCall: o.ObserveCall, observePull: o.ObservePull,
 		subscribe: func() events { return o.Pods.Subscribe() },
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())

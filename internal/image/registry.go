@@ -39,7 +39,7 @@ func (s *Store) newSession(auth *Auth) (*session, error) {
 	return &session{
 		meter:   newMeter(),
 		secret:  c,
-		headers: http.Header(maps.Clone(s.o.Headers)),
+		headers: http.Header(maps.Clone(s.hosts.Load().Headers)),
 		hosts:   make(map[string]bool),
 	}, nil
 }

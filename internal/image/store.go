@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -60,6 +61,7 @@ type Store struct {
 	closers      []io.Closer
 
 	records  sync.Mutex
+	hosts    atomic.Pointer[Hosts]
 	index    *index
 	flights  flights
 	arrivals arrivals
@@ -84,6 +86,7 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	}
 	s := &Store{o: withDefaults(o), index: newIndex(o.Pinned)}
 	s.log = s.o.Log
+	s.SetHosts(Hosts{s.o.ConfigPath, s.o.Headers})
 	s.reserve = reserve{filepath.Join(o.Root, "reserve")}
 	s.idmap = sync.OnceValues(overlayutils.SupportsIDMappedMounts)
 	s.ctx, s.cancel = context.WithCancel(namespaces.WithNamespace(log.WithLogger(context.Background(), forwardLog(s.log)), namespace))
