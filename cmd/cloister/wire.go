@@ -95,7 +95,7 @@ func runDaemon(ctx context.Context, cfg config.Config, load func() (config.Confi
 		return err
 	}
 	closing("close metrics and traces", tells.close)
-	pods, err := openPods(cfg, version, log, podParts{images, net, shims, devices, tells, reload}, closing)
+	pods, err := openPods(cfg, version, log, podParts{images, net, shims, tells, reload, devices}, closing)
 	if err != nil {
 		return err
 	}
@@ -115,12 +115,12 @@ func runDaemon(ctx context.Context, cfg config.Config, load func() (config.Confi
 
 // podParts are the rooms beneath the pod service.
 type podParts struct {
-	images  *image.Store
-	net     network.Attacher
-	shims   *shim.Client
-	devices *devicePlugin
-	tells   *telemetries
-	reload  *reloader
+	images *image.Store
+	net    network.Attacher
+	shims  *shim.Client
+	tells  *telemetries
+	reload *reloader
+	tees   *devicePlugin
 }
 
 // openPods opens the pod service and, with it, the door for NRI plugins.
@@ -131,7 +131,8 @@ func openPods(cfg config.Config, version string, log *slog.Logger, p podParts, c
 	}
 	o := podOptions(cfg, log, p.images, p.net, p.shims)
 	o.NRI, o.Observer = plugins, p.tells.observer()
-	o.Conditions, o.VerboseInfo = func() []pod.Condition { return append(p.reload.conditions(), p.devices.conditions()...) }, p.reload.info
+	o.Conditions = func() []pod.Condition { return append(p.reload.conditions(), p.tees.conditions()...) }
+	o.VerboseInfo = p.reload.info
 	pods, err := pod.Open(o)
 	if err != nil {
 		return nil, err

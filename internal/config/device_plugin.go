@@ -135,53 +135,53 @@ var (
 )
 
 func (j *judge) devicePlugin(c *DevicePlugin) {
-	at := func(key ...string) keyPath { return append(keyPath{"device_plugin"}, key...) }
+	at := keyPath{"device_plugin"}
 	known := []string{"trustzone", "sgx", "sev", "tdx", "tpm", "sim"}
 	for _, b := range c.Backends {
-		j.oneOf(at("backends"), b, known...)
+		j.oneOf(at.and("backends"), b, known...)
 	}
 	for handler, b := range c.Needs {
-		j.oneOf(at("needs", handler), b, known...)
+		j.oneOf(at.and("needs", handler), b, known...)
 	}
-	j.require(len(c.Needs) == 0 || c.Enabled, at("needs"), "is set, but the daemon checks nothing; set enabled = true")
-	j.absolute(at("kubelet_dir"), c.KubeletDir)
-	j.require(c.CDIDir == "" || filepath.IsAbs(c.CDIDir), at("cdi_dir"), "is %q; it has to be an absolute path, or empty", c.CDIDir)
-	j.require(c.Precision >= 512 && c.Precision <= 1<<30, at("precision"), "is %d KiB; it has to be in 512…%d", c.Precision, 1<<30)
-	j.require(c.HealthInterval.Duration >= 0, at("health_interval"), "may not be negative; 0s switches checks off")
-	j.require(c.MaxDevices > 0, at("max_devices"), "has to be above 0")
-	j.require(c.Kubeconfig == "" || c.Kubeconfig == "in-cluster" || filepath.IsAbs(c.Kubeconfig), at("kubeconfig"),
+	j.require(len(c.Needs) == 0 || c.Enabled, at.and("needs"), "is set, but the daemon checks nothing; set enabled = true")
+	j.absolute(at.and("kubelet_dir"), c.KubeletDir)
+	j.require(c.CDIDir == "" || filepath.IsAbs(c.CDIDir), at.and("cdi_dir"), "is %q; it has to be an absolute path, or empty", c.CDIDir)
+	j.require(c.Precision >= 512 && c.Precision <= 1<<30, at.and("precision"), "is %d KiB; it has to be in 512…%d", c.Precision, 1<<30)
+	j.require(c.HealthInterval.Duration >= 0, at.and("health_interval"), "may not be negative; 0s switches checks off")
+	j.require(c.MaxDevices > 0, at.and("max_devices"), "has to be above 0")
+	j.require(c.Kubeconfig == "" || c.Kubeconfig == "in-cluster" || filepath.IsAbs(c.Kubeconfig), at.and("kubeconfig"),
 		`is %q; it has to be an absolute path, "in-cluster", or empty`, c.Kubeconfig)
 	j.trustZone(&c.TrustZone)
-	j.require(c.SGX.EnclaveLimit > 0 && c.SGX.EnclaveLimit <= 10_000, at("sgx", "enclave_limit"), "has to be in 1…10000")
-	j.require(c.SGX.ProvisionLimit > 0 && c.SGX.ProvisionLimit <= 10_000, at("sgx", "provision_limit"), "has to be in 1…10000")
-	j.require(c.TPM.Limit > 0 && c.TPM.Limit <= 10_000, at("tpm", "limit"), "has to be in 1…10000")
-	j.resource(at("sev", "asids"), c.SEV.ASIDs, true)
-	j.resource(at("sev", "esids"), c.SEV.ESIDs, true)
-	j.resource(at("tdx", "keys"), c.TDX.Keys, false)
-	j.resource(at("tpm", "resource"), c.TPM.Resource, false)
-	j.resource(at("sim", "resource"), c.Sim.Resource, false)
-	j.require(strings.HasPrefix(c.Sim.Resource, "cloister.sim/"), at("sim", "resource"),
+	j.require(c.SGX.EnclaveLimit > 0 && c.SGX.EnclaveLimit <= 10_000, at.and("sgx", "enclave_limit"), "has to be in 1…10000")
+	j.require(c.SGX.ProvisionLimit > 0 && c.SGX.ProvisionLimit <= 10_000, at.and("sgx", "provision_limit"), "has to be in 1…10000")
+	j.require(c.TPM.Limit > 0 && c.TPM.Limit <= 10_000, at.and("tpm", "limit"), "has to be in 1…10000")
+	j.resource(at.and("sev", "asids"), c.SEV.ASIDs, true)
+	j.resource(at.and("sev", "esids"), c.SEV.ESIDs, true)
+	j.resource(at.and("tdx", "keys"), c.TDX.Keys, false)
+	j.resource(at.and("tpm", "resource"), c.TPM.Resource, false)
+	j.resource(at.and("sim", "resource"), c.Sim.Resource, false)
+	j.require(strings.HasPrefix(c.Sim.Resource, "cloister.sim/"), at.and("sim", "resource"),
 		`is %q; a simulated resource begins with "cloister.sim/", so that nobody takes it for a real one`, c.Sim.Resource)
-	j.require(c.Sim.Memory >= c.Precision && c.Sim.Memory <= 1<<40, at("sim", "memory"), "is %d KiB, less than one unit, or beyond reason", c.Sim.Memory)
-	j.require(c.Sim.NUMANodes >= 1 && c.Sim.NUMANodes <= 64, at("sim", "numa_nodes"), "has to be in 1…64")
-	j.require(c.Sim.FaultFile == "" || filepath.IsAbs(c.Sim.FaultFile), at("sim", "fault_file"), "has to be absolute")
+	j.require(c.Sim.Memory >= c.Precision && c.Sim.Memory <= 1<<40, at.and("sim", "memory"), "is %d KiB, less than one unit, or beyond reason", c.Sim.Memory)
+	j.require(c.Sim.NUMANodes >= 1 && c.Sim.NUMANodes <= 64, at.and("sim", "numa_nodes"), "has to be in 1…64")
+	j.require(c.Sim.FaultFile == "" || filepath.IsAbs(c.Sim.FaultFile), at.and("sim", "fault_file"), "has to be absolute")
 	for _, p := range slices.Concat(c.Sim.Devices, c.Sim.Folders) {
-		j.absolute(at("sim"), p)
+		j.absolute(at.and("sim"), p)
 	}
 }
 
 func (j *judge) trustZone(t *TrustZone) {
-	at := func(key string) keyPath { return keyPath{"device_plugin", "trustzone", key} }
-	j.resource(at("resource"), t.Resource, false)
-	j.require(t.Library != "", at("library"), "is empty; name the TEE client library, such as libteec.so")
-	j.require(uuidForm.MatchString(t.TAUUID), at("ta_uuid"), "is %q; a UUID is written 8-4-4-4-12 hexadecimal digits", t.TAUUID)
-	j.oneOf(at("login"), t.Login, "identify", "public")
-	j.require(t.Reserve >= 0, at("reserve"), "may not be negative")
+	at := keyPath{"device_plugin", "trustzone"}
+	j.resource(at.and("resource"), t.Resource, false)
+	j.require(t.Library != "", at.and("library"), "is empty; name the TEE client library, such as libteec.so")
+	j.require(uuidForm.MatchString(t.TAUUID), at.and("ta_uuid"), "is %q; a UUID is written 8-4-4-4-12 hexadecimal digits", t.TAUUID)
+	j.oneOf(at.and("login"), t.Login, "identify", "public")
+	j.require(t.Reserve >= 0, at.and("reserve"), "may not be negative")
 	for _, p := range slices.Concat(t.Devices, t.Folders) {
-		j.absolute(at("devices"), p)
+		j.absolute(at.and("devices"), p)
 	}
-	j.require(t.Helper == "" || filepath.IsAbs(t.Helper), at("helper"), "has to be absolute")
-	j.require(t.TAPath == "" || filepath.IsAbs(t.TAPath), at("ta_path"), "has to be absolute")
+	j.require(t.Helper == "" || filepath.IsAbs(t.Helper), at.and("helper"), "has to be absolute")
+	j.require(t.TAPath == "" || filepath.IsAbs(t.TAPath), at.and("ta_path"), "has to be absolute")
 }
 
 // resource judges the name of an extended resource of Kubernetes.

@@ -43,8 +43,7 @@ type document struct {
 	// ProxyPlugins are snapshotters that other programs serve, by name.
 	ProxyPlugins *map[string]ProxyPlugin `toml:"proxy_plugins" since:"1.1"`
 
-	Cloister *Cloister `toml:"cloister"`
-	// DevicePlugin tells kubelet what trusted execution resources the machine has.
+	Cloister     *Cloister     `toml:"cloister"`
 	DevicePlugin *DevicePlugin `toml:"device_plugin"`
 }
 
