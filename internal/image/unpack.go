@@ -4,18 +4,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/diff"
-	"github.com/containerd/containerd/v2/core/diff/apply"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/unpack"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	"github.com/moby/sys/userns"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/semaphore"
 )
 
 // unpack turns the layers of an image into committed snapshots. fetch brings a
@@ -41,16 +44,14 @@ func (s *Store) unpack(ctx context.Context, c chosen, snapshotter string, fetch 
 		<-guardDone
 	}()
 
+	platform, parallel := s.unpackPlatform(name, sn, track)
 	options := []unpack.UnpackerOpt{
-		unpack.WithUnpackPlatform(unpack.Platform{
-			Platform:       platforms.All, // follow has checked it
-			SnapshotterKey: name,
-			Snapshotter:    sn,
-			Applier:        apply.NewFileSystemApplier(s.content),
-			ApplyOpts:      []diff.ApplyOpt{diff.WithProgress(track.extracted), diff.WithSyncFs(s.o.SyncFS)},
-		}),
+		unpack.WithUnpackPlatform(platform),
 		unpack.WithLimiter(s.limiter()),
 		unpack.WithDuplicationSuppressor(&s.blobs),
+	}
+	if parallel {
+		options = append(options, unpack.WithUnpackLimiter(semaphore.NewWeighted(unpackers())))
 	}
 	if all {
 		options = append(options, unpack.WithFetchAllContent())
@@ -82,6 +83,30 @@ func (s *Store) unpack(ctx context.Context, c chosen, snapshotter string, fetch 
 	track.finish()
 	return nil
 }
+
+// unpackPlatform says where and how layers are unpacked. Overlayfs lets them
+// be unpacked at the same time and put on one another when they are committed.
+func (s *Store) unpackPlatform(name string, sn snapshots.Snapshotter, track *tracker) (p unpack.Platform, parallel bool) {
+	a := &applier{content: s.content, track: track, syncFS: s.o.SyncFS, dirs: new(unnamedDirs),
+		open: func(_ context.Context, d imagespec.Descriptor, r io.ReaderAt) (io.Reader, error) {
+			return io.NewSectionReader(r, 0, d.Size), nil
+		}}
+	p = unpack.Platform{
+		Platform:       platforms.All, // follow has checked it
+		SnapshotterKey: name,
+		Snapshotter:    sn,
+		Applier:        a,
+	}
+	if name == snapshotterOverlay && !userns.RunningInUserNS() { // whiteouts are device nodes
+		p.Snapshotter = rebasing{sn, a.dirs}
+		p.SnapshotterCapabilities = []string{snapshots.RebaseCap}
+		parallel = true
+	}
+	return p, parallel
+}
+
+// unpackers is how many layers of an image are unpacked at a time.
+func unpackers() int64 { return int64(min(max(runtime.GOMAXPROCS(0), 2), 8)) }
 
 // gate is where fetches pass. Those of a failed unpack may outlive it inside
 // containerd's unpacker: close waits for them and lets no more begin.
