@@ -17,15 +17,13 @@ import (
 )
 
 // applier writes a layer of the content store into a prepared snapshot,
-// decompressed and hashed on the way. It satisfies containerd's diff.Applier.
+// decrypted, decompressed and hashed on the way. It satisfies containerd's diff.Applier.
 type applier struct {
 	content content.Provider
 	track   *tracker
 	syncFS  bool
 	dirs    *unnamedDirs
-	// open gives the bytes of a layer as its diff ID's tool had them before it
-	// compressed them: decrypted where they are encrypted.
-	open func(ctx context.Context, desc imagespec.Descriptor, r io.ReaderAt) (io.Reader, error)
+	keys    layerKeys
 }
 
 func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts []mount.Mount, _ ...diff.ApplyOpt) (imagespec.Descriptor, error) {
@@ -35,11 +33,12 @@ func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts [
 		return none, fmt.Errorf("read layer: %w", err)
 	}
 	defer blob.Close()
-	packed, err := a.open(ctx, desc, &countingReaderAt{r: blob, tell: func(n int64) { a.track.extracted(desc, n) }})
+	opened, err := a.keys.open(desc, &countingReaderAt{r: blob, tell: func(n int64) { a.track.extracted(desc, n) }})
 	if err != nil {
 		return none, err
 	}
-	plain, err := decompress(bufio.NewReaderSize(packed, 64<<10))
+	packed := bufio.NewReaderSize(opened, 64<<10)
+	plain, err := decompress(packed)
 	if err != nil {
 		return none, fmt.Errorf("decompress layer: %w", err)
 	}
@@ -51,8 +50,12 @@ func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts [
 	if err := a.extract(ctx, mounts, out); err != nil {
 		return none, err
 	}
-	// What follows the archive's end belongs to its digest.
+	// What follows the archive's end belongs to its digest, and the end of an
+	// encrypted layer says whether it is genuine.
 	if _, err := io.Copy(io.Discard, out); err != nil {
+		return none, err
+	}
+	if _, err := io.Copy(io.Discard, packed); err != nil {
 		return none, err
 	}
 	return imagespec.Descriptor{MediaType: imagespec.MediaTypeImageLayer, Size: out.n, Digest: sum.Digest()}, nil

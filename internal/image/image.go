@@ -59,6 +59,9 @@ type Options struct {
 	SyncFS bool
 	// Credentials answers for a registry host when a pull brings none; may be nil.
 	Credentials func(host string) (user, secret string, err error)
+	// Decryption lists the keys that open encrypted layers, the first that fits
+	// wins. Without any, encrypted images are refused.
+	Decryption []Decryption
 	// Log may be nil.
 	Log *slog.Logger
 }
@@ -78,8 +81,9 @@ type Image struct {
 	Target      digest.Digest
 	ConfigJSON  []byte
 
-	target   imagespec.Descriptor
-	platform string
+	target    imagespec.Descriptor
+	platform  string
+	encrypted bool
 }
 
 // Auth is what a caller of Pull knows about itself. All fields empty means

@@ -84,11 +84,18 @@ func (p *puller) run(ctx context.Context) (_ Image, err error) {
 	if err != nil {
 		return Image{}, err
 	}
+	keys, err := s.authorise(ctx, c)
+	if err != nil {
+		return Image{}, err
+	}
 	if err := s.label(ctx, c); err != nil {
 		return Image{}, err
 	}
 	p.track.layers(c.layers())
-	if err := p.s.unpack(ctx, c, p.req.Snapshotter, p.blob, p.track, !s.o.DiscardUnpackedLayers); err != nil {
+	if err := s.prove(ctx, c, s.snapshotters[p.req.Snapshotter], p.locked); err != nil {
+		return Image{}, err
+	}
+	if err := s.unpack(ctx, unpacking{c, keys, p.req.Snapshotter, p.blob, p.track, !s.o.DiscardUnpackedLayers}); err != nil {
 		return Image{}, err
 	}
 	img := c.image(p.req.Platform)

@@ -114,6 +114,9 @@ func (s *Store) prepare(ctx context.Context, key string, img Image, r root, labe
 		return nil, fmt.Errorf("root file system %s: %w", quoted(key), errdefs.ErrAlreadyExists)
 	}
 	ctx = s.within(ctx)
+	if err := s.mayUse(ctx, img); err != nil {
+		return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
+	}
 	labels[labelRoot] = time.Now().UTC().Format(time.RFC3339)
 	labels[labelRootfs] = "1"
 	opt := snapshots.WithLabels(labels)

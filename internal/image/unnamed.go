@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	continuityfs "github.com/containerd/continuity/fs"
 	"github.com/containerd/continuity/sysx"
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -89,14 +90,16 @@ func (u *unnamedDirs) take(upper string) []string {
 	return dirs
 }
 
-// rebasing is a snapshotter under which layers were unpacked without their
-// parents. It completes their folders before it commits them.
-type rebasing struct {
+// layering is a snapshotter that layers of an image are committed to. Where
+// they were unpacked without those below them it completes their folders, and
+// it marks those that were decrypted.
+type layering struct {
 	snapshots.Snapshotter
-	dirs *unnamedDirs
+	dirs      *unnamedDirs
+	decrypted map[string]bool // by name
 }
 
-func (r rebasing) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+func (l layering) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
 	var info snapshots.Info
 	for _, o := range opts {
 		if err := o(&info); err != nil {
@@ -104,15 +107,27 @@ func (r rebasing) Commit(ctx context.Context, name, key string, opts ...snapshot
 		}
 	}
 	if info.Parent != "" {
-		if err := r.complete(ctx, key, info.Parent); err != nil {
+		if err := l.complete(ctx, key, info.Parent); err != nil {
 			return fmt.Errorf("folders of layer %s: %w", name, err)
 		}
 	}
-	return r.Snapshotter.Commit(ctx, name, key, opts...)
+	if l.decrypted[name] {
+		opts = append(slices.Clone(opts), snapshots.WithLabels(map[string]string{labelDecrypted: "1"}))
+	}
+	return l.Snapshotter.Commit(ctx, name, key, opts...)
 }
 
-func (r rebasing) complete(ctx context.Context, key, parent string) (err error) {
-	mounts, err := r.Mounts(ctx, key)
+// Remove forgets an unpacked layer. containerd's unpacker does so twice where
+// several are unpacked at the same time.
+func (l layering) Remove(ctx context.Context, key string) error {
+	if err := l.Snapshotter.Remove(ctx, key); !errdefs.IsNotFound(err) {
+		return err
+	}
+	return nil
+}
+
+func (l layering) complete(ctx context.Context, key, parent string) (err error) {
+	mounts, err := l.Mounts(ctx, key)
 	if err != nil {
 		return err
 	}
@@ -120,16 +135,16 @@ func (r rebasing) complete(ctx context.Context, key, parent string) (err error) 
 		return nil
 	}
 	upper := mounts[0].Source
-	dirs := r.dirs.take(upper)
+	dirs := l.dirs.take(upper)
 	if len(dirs) == 0 {
 		return nil
 	}
 	view := key + "-below"
-	below, err := r.View(ctx, view, parent)
+	below, err := l.View(ctx, view, parent)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, r.Remove(context.WithoutCancel(ctx), view)) }()
+	defer func() { err = errors.Join(err, l.Remove(context.WithoutCancel(ctx), view)) }()
 	lower := lowerDirs(below)
 	for _, d := range dirs {
 		if err := inherit(upper, d, lower); err != nil {
@@ -151,8 +166,8 @@ func inherit(upper, dir string, lower []string) error {
 	if at, err := os.Lstat(to); err != nil || !at.IsDir() {
 		return nil //nolint:nilerr // a later entry of the archive took its place
 	}
-	for _, l := range lower {
-		from, err := continuityfs.RootPath(l, dir)
+	for _, below := range lower {
+		from, err := continuityfs.RootPath(below, dir)
 		if err != nil {
 			return err
 		}
