@@ -32,6 +32,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
+
+	"cloister.dev/internal/image/creds"
 )
 
 // Options says where a Store keeps its data and how it pulls.
@@ -43,6 +45,9 @@ type Options struct {
 	// ConfigPath is a list of hosts.toml trees, separated by ":". Empty means
 	// /etc/containerd/certs.d:/etc/docker/certs.d. Files are read at each pull.
 	ConfigPath string
+	// Registries holds mirrors and certificates in their older form. It takes the
+	// place of ConfigPath.
+	Registries Registries
 	// Headers are sent with every request to a configured registry host.
 	Headers map[string][]string
 	// MaxConcurrentDownloads bounds the layers of one image in flight (3).
@@ -57,8 +62,9 @@ type Options struct {
 	// SyncFS flushes the file system of the snapshots after each layer, so that
 	// a power cut cannot leave a committed layer with empty files.
 	SyncFS bool
-	// Credentials answers for a registry host when a pull brings none; may be nil.
-	Credentials func(host string) (user, secret string, err error)
+	// Credentials are the node's own: for mirrors, and for registries when a pull
+	// brings none; may be nil.
+	Credentials creds.Source
 	// Decryption lists the keys that open encrypted layers, the first that fits
 	// wins. Without any, encrypted images are refused.
 	Decryption []Decryption

@@ -34,7 +34,7 @@ type puller struct {
 func (s *Store) attempt(ctx context.Context, name reference.Named, req PullRequest, track *tracker) (_ Image, err error) {
 	start := time.Now()
 	p := &puller{s: s, name: name, req: req, track: track}
-	if p.session, err = s.newSession(req.Auth); err != nil {
+	if p.session, err = s.newSession(name, req.Auth); err != nil {
 		return Image{}, fmt.Errorf("pull image %s: %w", quoted(name.String()), err)
 	}
 	defer p.session.close()
@@ -48,7 +48,7 @@ func (s *Store) attempt(ctx context.Context, name reference.Named, req PullReque
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
-		err = explain(name.String(), err, p.session.secret.secrets)
+		err = explain(name.String(), err, p.session.secrets())
 		s.log.Warn("image pull failed", "ref", name.String(), "took", time.Since(start), "error", err)
 		return Image{}, err
 	}

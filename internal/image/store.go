@@ -95,6 +95,13 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	if err := os.MkdirAll(o.Root, 0o700); err != nil {
 		return nil, err
 	}
+	if !o.Registries.empty() {
+		s.o.ConfigPath = filepath.Join(o.Root, "hosts")
+		if err := o.Registries.write(s.o.ConfigPath); err != nil {
+			return nil, fmt.Errorf("registry mirrors: %w", err)
+		}
+		s.log.Debug("registry mirrors of the configuration are used", "registries", o.Registries.names())
+	}
 	if err := s.openSnapshotters(); err != nil {
 		return nil, err
 	}
