@@ -52,6 +52,9 @@ type Options struct {
 	Headers map[string][]string
 	// MaxConcurrentDownloads bounds the layers of one image in flight (3).
 	MaxConcurrentDownloads int
+	// LayerFetchBuffer is the size of the parts in which a layer is asked for,
+	// MaxConcurrentDownloads of them at a time. 0 asks for a layer at once.
+	LayerFetchBuffer int
 	// ProgressTimeout cancels a pull that moves no byte for so long while a
 	// request is open. 0 means never. Five minutes is a good value.
 	ProgressTimeout time.Duration

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -28,6 +29,8 @@ type puller struct {
 	session *session
 	track   *tracker
 	fetcher remotes.Fetcher
+	parts   remotes.Fetcher // for large layers; nil: none
+	whole   atomic.Bool     // the registry cannot send parts
 }
 
 // attempt pulls once, for all who wait for it.
@@ -77,7 +80,7 @@ func (p *puller) run(ctx context.Context) (_ Image, err error) {
 	if d, ok := p.name.(reference.Digested); ok && d.Digest() != target.Digest {
 		return Image{}, fmt.Errorf("resolve: asked for %s, got %s: %w", d.Digest(), target.Digest, errLied)
 	}
-	if p.fetcher, err = resolver.Fetcher(ctx, pullRef(p.name)); err != nil {
+	if p.fetcher, p.parts, err = p.session.fetchers(ctx, resolver, pullRef(p.name)); err != nil {
 		return Image{}, fmt.Errorf("resolve: %w", err)
 	}
 	c, err := follow(ctx, target, p.req.Platform, p.read)
@@ -132,6 +135,10 @@ func (p *puller) blob(ctx context.Context, desc imagespec.Descriptor) error {
 			p.track.fetched(desc)
 			return nil
 		}
+		if p.inParts(desc) && refusesRange(err) {
+			p.whole.Store(true)
+			continue
+		}
 		wrong := errdefs.IsFailedPrecondition(err)
 		if !wrong && (before.Offset == 0 || !refusesRange(err)) {
 			return fmt.Errorf("fetch %s: %w", desc.Digest, err)
@@ -143,6 +150,11 @@ func (p *puller) blob(ctx context.Context, desc imagespec.Descriptor) error {
 			return fmt.Errorf("fetch %s: %v: %w", desc.Digest, err, errLied)
 		}
 	}
+}
+
+// inParts says whether a blob is asked for in several parts at a time.
+func (p *puller) inParts(desc imagespec.Descriptor) bool {
+	return p.parts != nil && desc.Size > int64(p.session.chunk) && !p.whole.Load()
 }
 
 // refusesRange tells the answers of registries that cannot send a part of a

@@ -18,6 +18,7 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	dockerconfig "github.com/containerd/containerd/v2/core/remotes/docker/config"
+	"github.com/containerd/containerd/v2/core/transfer"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/distribution/reference"
@@ -37,6 +38,9 @@ type session struct {
 	registry   string // of the image's name
 	repository string
 
+	// A layer larger than a chunk is fetched by so many requests at a time.
+	chunk, parallel int
+
 	mu         sync.Mutex
 	hosts      map[string]bool // host[:port] of the configuration
 	transports []*guard
@@ -54,6 +58,8 @@ func (s *Store) newSession(name reference.Named, auth *Auth) (*session, error) {
 		headers:    http.Header(maps.Clone(s.o.Headers)),
 		registry:   reference.Domain(name),
 		repository: reference.Path(name),
+		chunk:      s.o.LayerFetchBuffer,
+		parallel:   s.o.MaxConcurrentDownloads,
 		hosts:      make(map[string]bool),
 	}, nil
 }
@@ -84,6 +90,23 @@ func (ss *session) resolver(ctx context.Context, configPath string) remotes.Reso
 			return list, nil
 		},
 	})
+}
+
+// fetchers fetch blobs of a repository at once, and large ones in parts. parts
+// is nil when that is not asked for.
+func (ss *session) fetchers(ctx context.Context, r remotes.Resolver, ref string) (whole, parts remotes.Fetcher, err error) {
+	if whole, err = r.Fetcher(ctx, ref); err != nil || ss.chunk <= 0 {
+		return whole, nil, err
+	}
+	o, ok := r.(interface {
+		SetOptions(...transfer.ImageResolverOption)
+	})
+	if !ok {
+		return whole, nil, nil
+	}
+	o.SetOptions(transfer.WithConcurrentLayerFetchBuffer(ss.chunk), transfer.WithMaxConcurrentDownloads(ss.parallel))
+	parts, err = r.Fetcher(ctx, ref)
+	return whole, parts, err
 }
 
 // complaint catches what containerd's reader of hosts.toml only logs: it goes

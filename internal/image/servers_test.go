@@ -8,6 +8,8 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/http/httputil"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -308,4 +310,53 @@ func (r *fakeRegistry) index(t testing.TB, repo, tag string, refs map[string]str
 	}
 	r.manifest(t, repo, tag, string(types.OCIImageIndex), b)
 	return r.host + "/" + repo + ":" + tag
+}
+
+// TestRanges fetches a large layer in parts, from a registry that can send
+// them, from one that cannot, and from one that breaks off.
+func TestRanges(t *testing.T) {
+	const chunk = 64 << 10
+	content := noise(t, 1<<20)
+	layer := fileLayer(t, "f", content)
+	img := imageOf(t, nil, layer)
+	isLayer := isLayerGet(layer)
+	simple := newRegistry(t) // refuses ranges without an end
+	d := serveDocker(t, dockerOptions{})
+	skopeo(t, "copy", "--src-tls-verify=false", "--dest-tls-verify=false", "docker://"+simple.push(t, "app", "1", img), "docker://"+d.host+"/app:1")
+	able := newRegistry(t)
+	able.inner = httputil.NewSingleHostReverseProxy(&url.URL{Scheme: "http", Host: d.host})
+	pull := func(reg *fakeRegistry, want int) *Store {
+		t.Helper()
+		s := openStore(t, func(o *Options) { o.LayerFetchBuffer = chunk })
+		got, err := s.Pull(t.Context(), PullRequest{Ref: reg.host + "/app:1"})
+		if n := reg.seen(isLayer); n < want {
+			t.Errorf("%d requests, want %d", n, want)
+		}
+		if err != nil {
+			t.Error(err)
+			return s
+		}
+		if b, err := os.ReadFile(filepath.Join(mounted(t, s, got), "f")); err != nil || string(b) != string(content) {
+			t.Errorf("%d bytes %v", len(b), err)
+		}
+		return s
+	}
+	pull(able, 16)
+	simple.fault(nil)
+	pull(simple, 2)
+	able.fault(func(_ http.ResponseWriter, r *http.Request) bool { r.Header.Del("Range"); return false }) // sends all
+	pull(able, 1)
+	able.fault(func(w http.ResponseWriter, r *http.Request) bool {
+		if !isLayer(r) || strings.HasPrefix(r.Header.Get("Range"), "bytes=0-") {
+			return false
+		}
+		w.WriteHeader(http.StatusForbidden)
+		return true
+	})
+	s := openStore(t, func(o *Options) { o.LayerFetchBuffer = chunk })
+	if _, err := s.Pull(t.Context(), PullRequest{Ref: able.host + "/app:1"}); !errdefs.IsPermissionDenied(err) {
+		t.Errorf("parts are missing: %v", err)
+	}
+	able.fault(nil)
+	mustPull(t, s, able.host+"/app:1")
 }
