@@ -40,8 +40,13 @@ import (
 type Options struct {
 	// Root holds content, snapshots and meta.db. It is made with mode 0700.
 	Root string
-	// Snapshotter is the default one: "overlayfs" (also when empty) or "native".
+	// Snapshotter is the default one: "overlayfs" (also when empty), "native",
+	// "btrfs" or the name of a proxy.
 	Snapshotter string
+	// Snapshotters are others that pulls and root file systems will name.
+	Snapshotters []string
+	// ProxySnapshotters are served by other programs, by name.
+	ProxySnapshotters map[string]ProxySnapshotter
 	// ConfigPath is a list of hosts.toml trees, separated by ":". Empty means
 	// /etc/containerd/certs.d:/etc/docker/certs.d. Files are read at each pull.
 	ConfigPath string

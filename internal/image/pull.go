@@ -98,7 +98,7 @@ func (p *puller) run(ctx context.Context) (_ Image, err error) {
 	if err := s.prove(ctx, c, s.snapshotters[p.req.Snapshotter], p.locked); err != nil {
 		return Image{}, err
 	}
-	if err := s.unpack(ctx, unpacking{c, keys, p.req.Snapshotter, p.blob, p.track, !s.o.DiscardUnpackedLayers}); err != nil {
+	if err := s.unpack(ctx, unpacking{c, keys, p.req.Snapshotter, p.blob, p.track, !s.o.DiscardUnpackedLayers, p.name.String()}); err != nil {
 		return Image{}, err
 	}
 	img := c.image(p.req.Platform)

@@ -20,8 +20,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
-	"github.com/containerd/containerd/v2/plugins/snapshots/native"
-	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -30,9 +28,6 @@ import (
 
 const (
 	namespace = "k8s.io"
-
-	snapshotterOverlay = "overlayfs"
-	snapshotterNative  = "native"
 
 	// Labels of image records, as containerd's CRI server writes them.
 	labelManaged     = "io.cri-containerd.image"
@@ -153,40 +148,6 @@ func (s *Store) Close() error {
 // libraries look for.
 func (s *Store) within(ctx context.Context) context.Context {
 	return namespaces.WithNamespace(log.WithLogger(ctx, log.G(s.ctx)), namespace)
-}
-
-func (s *Store) openSnapshotters() error {
-	s.snapshotters = make(map[string]snapshots.Snapshotter)
-	if s.o.Snapshotter != snapshotterOverlay && s.o.Snapshotter != snapshotterNative {
-		return fmt.Errorf("unknown snapshotter %q, choose %q or %q: %w", s.o.Snapshotter, snapshotterOverlay, snapshotterNative, errdefs.ErrInvalidArgument)
-	}
-	root := s.snapshotDir(snapshotterOverlay)
-	if err := os.MkdirAll(root, 0o700); err != nil {
-		return err
-	}
-	// Only the full check, with a mount, says whether overlayfs works here; it
-	// is worth its millisecond when overlayfs is to be used.
-	if err := overlayutils.Supported(root); err == nil {
-		sn, err := overlay.NewSnapshotter(root, overlay.AsynchronousRemove, overlay.WithRemapIDs)
-		if err != nil {
-			return fmt.Errorf("overlayfs snapshotter: %w", err)
-		}
-		s.snapshotters[snapshotterOverlay] = sn
-		s.closers = append(s.closers, sn)
-	} else if s.o.Snapshotter == snapshotterOverlay {
-		return fmt.Errorf("overlayfs does not work below %s, choose another root or the snapshotter %q: %w: %w", root, snapshotterNative, err, errdefs.ErrFailedPrecondition)
-	}
-	sn, err := native.NewSnapshotter(s.snapshotDir(snapshotterNative))
-	if err != nil {
-		return fmt.Errorf("native snapshotter: %w", err)
-	}
-	s.snapshotters[snapshotterNative] = sn
-	s.closers = append(s.closers, sn)
-	return nil
-}
-
-func (s *Store) snapshotDir(snapshotter string) string {
-	return filepath.Join(s.o.Root, "snapshots", snapshotter)
 }
 
 func (s *Store) contentDir() string { return filepath.Join(s.o.Root, "content") }

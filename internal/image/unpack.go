@@ -28,6 +28,7 @@ type unpacking struct {
 	fetch       func(context.Context, imagespec.Descriptor) error // brings a layer into the content store
 	track       *tracker
 	all         bool // fetch layers even when their snapshots exist already
+	ref         string
 }
 
 // unpack turns the layers of an image into committed snapshots. A layer is
@@ -60,7 +61,7 @@ func (s *Store) unpack(ctx context.Context, u unpacking) (err error) {
 	if parallel {
 		options = append(options, unpack.WithUnpackLimiter(semaphore.NewWeighted(unpackers())))
 	}
-	if u.all {
+	if u.all && !s.o.ProxySnapshotters[name].Remote {
 		options = append(options, unpack.WithFetchAllContent())
 	}
 	unpacker, err := unpack.NewUnpacker(ctx, s.content, options...)
@@ -71,7 +72,7 @@ func (s *Store) unpack(ctx context.Context, u unpacking) (err error) {
 	h := unpacker.Unpack(images.HandlerFunc(func(ctx context.Context, d imagespec.Descriptor) ([]imagespec.Descriptor, error) {
 		switch d.Digest {
 		case c.manifestDesc().Digest:
-			return append([]imagespec.Descriptor{c.configDesc()}, c.layers()...), nil
+			return append([]imagespec.Descriptor{c.configDesc()}, s.layersFor(name, u.ref, c)...), nil
 		case c.configDesc().Digest:
 			return nil, nil
 		}
@@ -189,5 +190,5 @@ func (s *Store) unpackStored(ctx context.Context, img Image, snapshotter string)
 	if err != nil {
 		return fmt.Errorf("image %s: %w", img.ID, err)
 	}
-	return s.unpack(ctx, unpacking{c, keys, snapshotter, present, newTracker(img.ID), false})
+	return s.unpack(ctx, unpacking{c, keys, snapshotter, present, newTracker(img.ID), false, ""})
 }
