@@ -12,17 +12,16 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 
 	profile "github.com/containerd/containerd/v2/contrib/apparmor"
 	"github.com/containerd/containerd/v2/pkg/apparmor"
-	"github.com/containerd/containerd/v2/pkg/seccomp"
 	containerdlog "github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
-	"github.com/opencontainers/selinux/go-selinux"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"k8s.io/klog/v2"
 
 	"cloister.dev/internal/config"
@@ -72,19 +71,57 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 	if err != nil {
 		return err
 	}
-	pods, err := pod.Open(podOptions(cfg, log, images, net, shims))
+	tells, err := openTelemetry(ctx, cfg, version)
 	if err != nil {
 		return err
 	}
-	closing("close the pod service", pods.Close)
+	closing("close metrics and traces", tells.close)
+	pods, err := openPods(cfg, version, log, podParts{images, net, shims, tells}, closing)
+	if err != nil {
+		return err
+	}
 	streams, err := openStreams(cfg, log, pods, closing)
 	if err != nil {
 		return err
 	}
-	server := cri.New(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
-		Snapshotter: func(handler string) (string, error) { return cfg.Images.RuntimePlatforms[handler].Snapshotter, nil }})
+	server := cri.New(tells.observe(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
+		Snapshotter: func(handler string) (string, error) {
+			return snapshotter(cfg, handler, cfg.Runtime.Containerd.Runtimes[handler]), nil
+		},
+		Platform: func(handler string) string { return cfg.Images.RuntimePlatforms[handler].Platform }}))
 	loadAppArmor(cfg, log)
-	return serve(ctx, cfg, log, server, pods, images)
+	if err := tells.serve(cfg, pods, log); err != nil {
+		return err
+	}
+	return serve(ctx, cfg, log, server, pods, images, tells.grpcOptions()...)
+}
+
+// podParts are the rooms beneath the pod service.
+type podParts struct {
+	images *image.Store
+	net    network.Attacher
+	shims  *shim.Client
+	tells  *telemetries
+}
+
+// openPods opens the pod service and, with it, the door for NRI plugins.
+func openPods(cfg config.Config, version string, log *slog.Logger, p podParts, closing func(string, func() error)) (*pod.Service, error) {
+	plugins, err := newNRI(cfg, version, log)
+	if err != nil {
+		return nil, err
+	}
+	o := podOptions(cfg, log, p.images, p.net, p.shims)
+	o.NRI, o.Observer = plugins, p.tells.observer()
+	pods, err := pod.Open(o)
+	if err != nil {
+		return nil, err
+	}
+	closing("close the pod service", pods.Close)
+	if err := plugins.Start(pods); err != nil {
+		return nil, err
+	}
+	closing("close NRI", plugins.Close)
+	return pods, nil
 }
 
 // demoted passes the streaming library's log on at debug level: it calls every
@@ -140,13 +177,14 @@ func openStreams(cfg config.Config, log *slog.Logger, pods *pod.Service, closing
 }
 
 // serve answers on the CRI socket until ctx ends.
-func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri.Server, pods *pod.Service, images *image.Store) error {
+func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri.Server, pods *pod.Service, images *image.Store, options ...grpc.ServerOption) error {
 	lis, err := listen(ctx, cfg.Address)
 	if err != nil {
 		return err
 	}
-	g := grpc.NewServer(server.GRPCOptions()...)
+	g := grpc.NewServer(append(server.GRPCOptions(), options...)...)
 	server.Register(g)
+	healthpb.RegisterHealthServer(g, health.NewServer())
 	(&cri.Debug{Pods: pods, Images: images}).Register(g)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(lis) }()
@@ -205,20 +243,6 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 	return lis, nil
 }
 
-func imageOptions(cfg config.Config, log *slog.Logger) image.Options {
-	o := image.Options{
-		Root: filepath.Join(cfg.Root, "images"), Snapshotter: cfg.Images.Snapshotter,
-		ConfigPath: cfg.Images.Registry.ConfigPath, Headers: cfg.Images.Registry.Headers,
-		MaxConcurrentDownloads: cfg.Images.MaxConcurrentDownloads,
-		ProgressTimeout:        cfg.Images.ImagePullProgressTimeout.Duration,
-		DiscardUnpackedLayers:  cfg.Images.DiscardUnpackedLayers, Log: log,
-	}
-	for _, ref := range cfg.Images.PinnedImages {
-		o.Pinned = append(o.Pinned, ref)
-	}
-	return o
-}
-
 func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) {
 	if cfg.Cloister.Network == "builtin" {
 		b := cfg.Cloister.BuiltinNetwork
@@ -233,7 +257,14 @@ func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) 
 		return builtin.New(o)
 	}
 	c := cfg.Runtime.CNI
+	handlers := map[string]cni.Folder{}
+	for name, h := range cfg.Runtime.Containerd.Runtimes {
+		if h.CNIConfDir != "" {
+			handlers[name] = cni.Folder{Dir: h.CNIConfDir, MaxConfNum: h.CNIMaxConfNum}
+		}
+	}
 	return cni.New(cni.Options{ConfDir: c.ConfDir, BinDirs: c.BinDirs, MaxConfNum: c.MaxConfNum, SetupSerially: c.SetupSerially,
+		Handlers: handlers, ConfTemplate: c.ConfTemplate,
 		IPPref: c.IPPref, CacheDir: filepath.Join(cfg.Root, "cni"), StateDir: filepath.Join(cfg.Root, "network"), Log: log})
 }
 
@@ -247,6 +278,10 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 	if len(cfg.Runtime.Containerd.Runtimes) == 0 {
 		for name, r := range shim.Found() {
 			r.SystemdCgroup = cfg.Cloister.CgroupDriver == "systemd"
+			r.NoCgroup = cfg.Cloister.DisableCgroup
+			if r.Rlimits, err = rlimits(cfg, name); err != nil {
+				return o, err
+			}
 			o.Runtimes[name] = r
 		}
 	}
@@ -254,7 +289,10 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 		r := shim.Runtime{Type: h.RuntimeType, Path: h.RuntimePath, Options: h.Options, Snapshotter: snapshotter(cfg, name, h),
 			BaseSpec: h.BaseRuntimeSpec, PodAnnotations: h.PodAnnotations, CtrAnnotations: h.ContainerAnnotations,
 			NoHostDevices: h.PrivilegedWithoutHostDevices, AllDevices: h.PrivilegedWithoutHostDevicesAllDevicesAllowed,
-			CgroupWritable: h.CgroupWritable}
+			CgroupWritable: h.CgroupWritable, ReadOnlyMounts: h.TreatROMountsAsRRO, NoCgroup: cfg.Cloister.DisableCgroup}
+		if r.Rlimits, err = rlimits(cfg, name); err != nil {
+			return o, err
+		}
 		if h.IsRunc() {
 			ro, err := h.RuncOptions()
 			if err != nil {
@@ -262,6 +300,7 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 			}
 			r.Type = config.RuncType
 			r.Binary, r.Root, r.SystemdCgroup, r.NoNewKeyring = ro.BinaryName, ro.Root, ro.SystemdCgroup, ro.NoNewKeyring
+			r.NoPivotRoot, r.ShimCgroup, r.IOUid, r.IOGid = ro.NoPivotRoot, ro.ShimCgroup, ro.IoUID, ro.IoGID
 		} else {
 			so, err := h.ShimOptions()
 			if err != nil {
@@ -303,14 +342,21 @@ func shimProgram(configured string) (string, error) {
 
 func podOptions(cfg config.Config, log *slog.Logger, images *image.Store, net network.Attacher, shims *shim.Client) pod.Options {
 	r := cfg.Runtime
-	return pod.Options{
-		Root: cfg.Root, State: cfg.State, Images: images, Network: net, Shims: shims, Node: node(r), Log: log,
+	o := pod.Options{
+		Root: cfg.Root, State: cfg.State, Images: images, Network: net, Shims: shims, Node: node(cfg, log), Log: log,
 		CgroupParent: cgroupParent(cfg.State),
 		LogMaxLine:   int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
 		DrainExecSync: r.DrainExecSyncIOTimeout.Duration, StatsPeriod: r.StatsCollectPeriod.Duration,
 		VerboseInfo: map[string]any{"stateDir": cfg.State, "rootDir": cfg.Root, "address": cfg.Address,
 			"network": cfg.Cloister.Network, "snapshotter": cfg.Images.Snapshotter, "files": cfg.Files},
 	}
+	if !r.NetNSMountsUnderStateDir {
+		o.NetNSDir = "/var/run/netns"
+	}
+	if c, ok := net.(*cni.Attacher); ok {
+		o.PodRanges = c.SetPodRanges
+	}
+	return o
 }
 
 // cgroupParent keeps the cgroups of daemons apart that run side by side.
@@ -320,28 +366,6 @@ func cgroupParent(state string) string {
 	}
 	h := sha256.Sum256([]byte(state))
 	return oci.DefaultCgroup + "-" + hex.EncodeToString(h[:4])
-}
-
-// node finds out what the machine is.
-func node(r config.Runtime) oci.Node {
-	n := oci.Node{
-		CgroupV2: osutil.CgroupV2(), Seccomp: seccomp.IsEnabled(),
-		AppArmor:           apparmor.HostSupports() && !r.DisableAppArmor,
-		SELinux:            r.EnableSELinux && selinux.GetEnabled(),
-		SeccompProfileRoot: "/var/lib/kubelet/seccomp",
-		RestrictOOMScore:   r.RestrictOOMScoreAdj, HugetlbTolerated: r.TolerateMissingHugetlbController,
-		HugetlbDisabled:   r.DisableHugetlbController,
-		DefaultSeccomp:    r.UnsetSeccompProfile,
-		UnprivilegedPorts: r.EnableUnprivilegedPorts, UnprivilegedICMP: r.EnableUnprivilegedICMP,
-		DeviceOwnership: r.DeviceOwnershipFromSecurityContext,
-	}
-	if r.EnableCDI {
-		n.CDISpecDirs = r.CDISpecDirs
-	}
-	if b, err := os.ReadFile("/proc/self/oom_score_adj"); err == nil {
-		n.DaemonOOMScore, _ = strconv.Atoi(strings.TrimSpace(string(b)))
-	}
-	return n
 }
 
 func streamOptions(cfg config.Config, log *slog.Logger) stream.Options {

@@ -32,8 +32,6 @@ import (
 	"github.com/opencontainers/go-digest"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/opencontainers/runtime-spec/specs-go"
-
-	"cloister.dev/internal/image/creds"
 )
 
 // Options says where a Store keeps its data and how it pulls.
@@ -47,14 +45,8 @@ type Options struct {
 	Snapshotters []string
 	// ProxySnapshotters are served by other programs, by name.
 	ProxySnapshotters map[string]ProxySnapshotter
-	// ConfigPath is a list of hosts.toml trees, separated by ":". Empty means
-	// /etc/containerd/certs.d:/etc/docker/certs.d. Files are read at each pull.
-	ConfigPath string
-	// Registries holds mirrors and certificates in their older form. It takes the
-	// place of ConfigPath.
-	Registries Registries
-	// Headers are sent with every request to a configured registry host.
-	Headers map[string][]string
+	// Hosts is how registries are reached at first; see SetHosts.
+	Hosts
 	// MaxConcurrentDownloads bounds the layers of one image in flight (3).
 	MaxConcurrentDownloads int
 	// LayerFetchBuffer is the size of the parts in which a layer is asked for,
@@ -70,12 +62,6 @@ type Options struct {
 	// SyncFS flushes the file system of the snapshots after each layer, so that
 	// a power cut cannot leave a committed layer with empty files.
 	SyncFS bool
-	// Credentials are the node's own: for mirrors, and for registries when a pull
-	// brings none; may be nil.
-	Credentials creds.Source
-	// Decryption lists the keys that open encrypted layers, the first that fits
-	// wins. Without any, encrypted images are refused.
-	Decryption []Decryption
 	// Log may be nil.
 	Log *slog.Logger
 }

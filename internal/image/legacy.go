@@ -4,11 +4,9 @@ import (
 	"cmp"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net/url"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/containerd/errdefs"
@@ -34,11 +32,8 @@ type RegistryTLS struct {
 
 func (r Registries) empty() bool { return len(r.Mirrors)+len(r.TLS) == 0 }
 
-// write makes dir a tree of hosts.toml, in place of what was there.
+// write makes dir a tree of hosts.toml.
 func (r Registries) write(dir string) error {
-	if err := os.RemoveAll(dir); err != nil {
-		return err
-	}
 	hosts := make(map[string]bool)
 	for h := range r.Mirrors {
 		hosts[h] = true
@@ -119,6 +114,3 @@ func tomlString(s string) string {
 	}
 	return string(b)
 }
-
-// names lists the hosts, for the log.
-func (r Registries) names() []string { return slices.Sorted(maps.Keys(r.Mirrors)) }

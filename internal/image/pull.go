@@ -72,7 +72,7 @@ func (p *puller) run(ctx context.Context) (_ Image, err error) {
 	}()
 	ctx = leases.WithLease(ctx, lease.ID)
 
-	resolver := p.session.resolver(ctx, s.o.ConfigPath)
+	resolver := p.session.resolver(ctx)
 	_, target, err := resolver.Resolve(ctx, pullRef(p.name))
 	if err != nil {
 		return Image{}, fmt.Errorf("resolve: %w", err)

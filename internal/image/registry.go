@@ -34,6 +34,7 @@ type session struct {
 	meter      *meter
 	secret     credentials
 	node       creds.Source
+	configPath string
 	headers    http.Header
 	registry   string // of the image's name
 	repository string
@@ -47,15 +48,17 @@ type session struct {
 }
 
 func (s *Store) newSession(name reference.Named, auth *Auth) (*session, error) {
+	hosts := s.hosts.Load()
 	c, err := callersCredentials(auth)
 	if err != nil {
 		return nil, err
 	}
 	return &session{
 		meter:      newMeter(),
+		configPath: hosts.ConfigPath,
 		secret:     c,
-		node:       s.o.Credentials,
-		headers:    http.Header(maps.Clone(s.o.Headers)),
+		node:       hosts.Credentials,
+		headers:    http.Header(maps.Clone(hosts.Headers)),
 		registry:   reference.Domain(name),
 		repository: reference.Path(name),
 		chunk:      s.o.LayerFetchBuffer,
@@ -65,9 +68,9 @@ func (s *Store) newSession(name reference.Named, auth *Auth) (*session, error) {
 }
 
 // resolver speaks to the hosts that the trees of hosts.toml name.
-func (ss *session) resolver(ctx context.Context, configPath string) remotes.Resolver {
+func (ss *session) resolver(ctx context.Context) remotes.Resolver {
 	options := dockerconfig.HostOptions{
-		HostDir:      hostDirs(configPath),
+		HostDir:      hostDirs(ss.configPath),
 		Credentials:  func(host string) (string, string, error) { return ss.credentialsFor(ctx, host) },
 		UpdateClient: ss.guardClient,
 	}
@@ -77,7 +80,7 @@ func (ss *session) resolver(ctx context.Context, configPath string) remotes.Reso
 			var c complaint
 			list, err := dockerconfig.ConfigureHosts(c.within(ctx), options)(name)
 			if err = cmp.Or(err, c.err); err != nil {
-				return nil, fmt.Errorf("registry configuration for %s below %s: %w: %w", quoted(name), configPath, err, errdefs.ErrFailedPrecondition)
+				return nil, fmt.Errorf("registry configuration for %s below %s: %w: %w", quoted(name), ss.configPath, err, errdefs.ErrFailedPrecondition)
 			}
 			ss.mu.Lock()
 			defer ss.mu.Unlock()

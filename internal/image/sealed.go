@@ -94,7 +94,7 @@ func (s *Store) authorise(ctx context.Context, c chosen) (layerKeys, error) {
 
 func (s *Store) open(ctx context.Context, l descriptor) (crypt.LayerKey, error) {
 	err := fmt.Errorf("this node decrypts no images of type %s; set key_model and the keys' folder: %w", quoted(l.MediaType), errdefs.ErrPermissionDenied)
-	for _, d := range s.o.Decryption {
+	for _, d := range s.hosts.Load().Decryption {
 		if len(d.Accepts) > 0 && !slices.Contains(d.Accepts, l.MediaType) {
 			continue
 		}

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -55,6 +56,7 @@ type Store struct {
 	closers      []io.Closer
 
 	records  sync.Mutex
+	hosts    atomic.Pointer[Hosts]
 	index    *index
 	flights  flights
 	arrivals arrivals
@@ -90,12 +92,11 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	if err := os.MkdirAll(o.Root, 0o700); err != nil {
 		return nil, err
 	}
-	if !o.Registries.empty() {
-		s.o.ConfigPath = filepath.Join(o.Root, "hosts")
-		if err := o.Registries.write(s.o.ConfigPath); err != nil {
-			return nil, fmt.Errorf("registry mirrors: %w", err)
-		}
-		s.log.Debug("registry mirrors of the configuration are used", "registries", o.Registries.names())
+	if err := os.RemoveAll(s.oldHosts()); err != nil {
+		return nil, err
+	}
+	if err := s.SetHosts(s.o.Hosts); err != nil {
+		return nil, err
 	}
 	if err := s.openSnapshotters(); err != nil {
 		return nil, err
@@ -119,9 +120,6 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 func withDefaults(o Options) Options {
 	if o.Snapshotter == "" {
 		o.Snapshotter = snapshotterOverlay
-	}
-	if o.ConfigPath == "" {
-		o.ConfigPath = defaultHostsPath
 	}
 	if o.MaxConcurrentDownloads <= 0 {
 		o.MaxConcurrentDownloads = 3

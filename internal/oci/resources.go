@@ -28,6 +28,9 @@ var (
 
 // setResources writes the container's limits.
 func (b *builder) setResources() error {
+	if b.in.Node.CgroupDisabled {
+		return nil
+	}
 	return applyResources(b.spec.Linux.Resources, b.in.Config.GetLinux().GetResources(), b.in.Node, b.k, b.warn)
 }
 

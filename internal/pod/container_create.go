@@ -89,7 +89,9 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 		return err
 	}
 	stage("writing the specification")
-	res, err := s.writeSpec(c, in)
+	release := s.o.NRI.Hold()
+	defer release()
+	res, err := s.writeSpec(ctx, sb, c, in)
 	if err != nil {
 		return err
 	}
@@ -107,6 +109,9 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 	}
 	undo.Release()
 	stage("made")
+	if s.o.NRI.Active() {
+		s.tell("PostCreateContainer", c.record().ID, s.o.NRI.PostCreate(ctx, s.describePod(sb), s.describeContainer(c, res.Spec)))
+	}
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, c.record().ID, sb.record().ID)
 	return nil
 }
@@ -114,6 +119,9 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 // discardContainer takes down a container that its client never got. When it
 // fails, the record stays for a removal, or the next start, to try again.
 func (s *Service) discardContainer(ctx context.Context, c *container) error {
+	if c.announced {
+		s.tellRemoval(ctx, c)
+	}
 	if c.phase() == ready { // others may have found it already
 		if err := s.changeContainer(c, func(r *containerRecord) { r.Phase = removing }); err != nil {
 			return err
@@ -148,9 +156,12 @@ func (s *Service) makeFiles(ctx context.Context, sb *sandbox, img image.Image, c
 	return in, err
 }
 
-func (s *Service) writeSpec(c *container, in oci.Input) (*oci.Result, error) {
+func (s *Service) writeSpec(ctx context.Context, sb *sandbox, c *container, in oci.Input) (*oci.Result, error) {
 	res, err := oci.Container(in)
 	if err != nil {
+		return nil, err
+	}
+	if err := s.adjust(ctx, sb, c, res.Spec); err != nil {
 		return nil, err
 	}
 	for _, w := range res.Warnings {
@@ -210,7 +221,8 @@ func (s *Service) specInput(sb *sandbox, c *container, img image.Image, rootfs s
 		Handler: oci.Handler{Name: sb.handler.Name, OCIVersion: f.OCIVersion, SystemdCgroup: rt.SystemdCgroup,
 			RecursiveReadOnly: f.RecursiveReadOnly, IDMappedMounts: f.IDMappedMounts,
 			PrivilegedWithoutHostDevices: rt.NoHostDevices, PrivilegedAllDevices: rt.AllDevices, CgroupWritable: rt.CgroupWritable, PodAnnotations: rt.PodAnnotations,
-			ContainerAnnotations: rt.CtrAnnotations, BaseSpec: rt.BaseSpec},
+			ContainerAnnotations: rt.CtrAnnotations, BaseSpec: rt.BaseSpec,
+			ReadOnlyMounts: rt.ReadOnlyMounts, Rlimits: rt.Rlimits},
 	}
 	if in.Namespaces.IPC == "" {
 		in.Files.Shm = "/dev/shm"

@@ -68,6 +68,8 @@ type container struct {
 	gone bool            // its record was deleted; guarded by mu
 	snap atomic.Pointer[containerRecord]
 
+	announced bool // plugins may know of it; guarded by op
+
 	ended   *milestone // it has exited
 	deleted *milestone // after its exit, the shim has forgotten it
 }

@@ -65,11 +65,7 @@ func (s *Service) recover() error {
 func (s *Service) recoverSandbox(rec *sandboxRecord) {
 	sb := &sandbox{op: newOpLock(), rec: *rec}
 	sb.snap.Store(rec)
-	var err error
-	if sb.handler, err = s.o.Shims.Lookup(rec.HandlerName); err != nil {
-		s.log.Warn("pod of a handler that is not configured any more", "sandbox", rec.ID, "handler", rec.HandlerName)
-		sb.handler = s.o.Shims.Former(rec.HandlerName, rec.Runtime)
-	}
+	sb.handler = s.recoverHandler(rec)
 	if err := selinux.ReserveLabelV2(rec.ProcessLabel); err != nil {
 		s.log.Warn("SELinux label of a pod may be given to a second one", "sandbox", rec.ID, "err", err)
 	}
@@ -77,6 +73,19 @@ func (s *Service) recoverSandbox(rec *sandboxRecord) {
 	if rec.Phase != creating { // a half-made one has given its name up
 		s.attempts.reserve(rec.Name, rec.Hash, rec.ID)
 	}
+}
+
+// recoverHandler gives the version of its handler that the sandbox was made on.
+func (s *Service) recoverHandler(rec *sandboxRecord) *shim.Handler {
+	if rec.Whole {
+		return s.o.Shims.Kept(rec.HandlerName, rec.Runtime)
+	}
+	h, err := s.o.Shims.Lookup(rec.HandlerName)
+	if err != nil {
+		s.log.Warn("pod of a handler that is not configured any more", "sandbox", rec.ID, "handler", rec.HandlerName)
+		return s.o.Shims.Former(rec.HandlerName, rec.Runtime)
+	}
+	return h
 }
 
 // recoverRecord gives a container whose operation lock is held, until it is
@@ -156,7 +165,7 @@ func (s *Service) takeDown(ctx context.Context, sb *sandbox) error {
 			return err
 		}
 	}
-	if err := removeFolder(s.podDir(id)); err != nil {
+	if err := s.removeFolders(sb); err != nil {
 		return err
 	}
 	return s.deleteSandbox(sb)

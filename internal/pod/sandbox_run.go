@@ -24,7 +24,11 @@ func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConf
 	if err := oci.ValidateSandbox(cfg, s.o.Node); err != nil {
 		return "", err
 	}
-	h, err := s.o.Shims.Handler(ctx, handler)
+	name, err := s.handlerName(cfg, handler)
+	if err != nil {
+		return "", err
+	}
+	h, err := s.o.Shims.Handler(ctx, name)
 	if err != nil {
 		return "", err
 	}
@@ -35,7 +39,7 @@ func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConf
 	if err != nil {
 		return "", err
 	}
-	id, err := s.create(ctx, "pod sandbox", sandboxName(cfg.Metadata), hash, func(ctx context.Context, id string, stage func(string)) error {
+	id, err := s.create(ctx, sandboxObject, sandboxName(cfg.Metadata), hash, func(ctx context.Context, id string, stage func(string)) error {
 		return s.makeSandbox(ctx, s.newSandbox(id, hash, cfg, handler, h), stage)
 	})
 	if err != nil {
@@ -53,7 +57,7 @@ func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, 
 	rec := &sb.rec
 	ns := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	*rec = sandboxRecord{
-		Name: sandboxName(cfg.Metadata), Hash: hash, HandlerName: h.Name, Runtime: h.Runtime.Trace(), Phase: creating,
+		Name: sandboxName(cfg.Metadata), Hash: hash, HandlerName: h.Name, Runtime: h.Runtime, Whole: true, Phase: creating,
 		Sysctls:  oci.Sysctls(cfg, s.o.Node),
 		SharePID: ns.GetPid() == runtimeapi.NamespaceMode_POD,
 		Sandbox: Sandbox{
@@ -65,7 +69,7 @@ func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, 
 		rec.CgroupParent = s.o.CgroupParent
 	}
 	if ns.GetNetwork() != runtimeapi.NamespaceMode_NODE {
-		rec.NetNS, rec.NetworkUp = filepath.Join(s.podDir(id), "ns", "net"), true
+		rec.NetNS, rec.NetworkUp = s.netNSPath(id), true
 	}
 	if u := userNamespace(cfg); u != nil {
 		rec.UIDs, rec.GIDs = mappings(u.Uids), mappings(u.Gids)
@@ -108,16 +112,34 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	attached := &network.Result{}
 	if sb.record().NetworkUp {
 		stage("attaching the network")
-		attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
+		err := timed(s.o.Observer.Network, "attach", func() (err error) {
+			attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
+			return err
+		})
 		if err != nil {
 			return fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
 		}
 	}
 
 	stage("starting the sandbox on its shim")
-	pid, err := sb.handler.StartSandbox(ctx, s.shimRequest(sb))
+	var pid uint32
+	err = timed(s.o.Observer.Shim, "start sandbox", func() (err error) {
+		pid, err = sb.handler.StartSandbox(ctx, s.shimRequest(sb))
+		return err
+	})
 	if err != nil {
 		return err
+	}
+	release := s.o.NRI.Hold()
+	defer release()
+	if s.o.NRI.Active() {
+		stage("asking plugins")
+		undo.Add("tell plugins that there will be no pod", func(ctx context.Context) error {
+			return s.o.NRI.RemovePod(ctx, s.nriPod(sb, attached.IPs, pid))
+		})
+		if err := s.o.NRI.RunPod(ctx, s.nriPod(sb, attached.IPs, pid)); err != nil {
+			return err
+		}
 	}
 	stage("writing the record")
 	if err := s.changeSandbox(sb, func(r *sandboxRecord) {
@@ -137,7 +159,7 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 // usable tells why nothing can be started in the sandbox any more, if so.
 // After it, the handler's features are known, of a recovered sandbox too.
 func (sb *sandbox) usable(ctx context.Context) error {
-	if sb.handler.Configured() {
+	if sb.handler.Usable() {
 		_, err := sb.handler.Features(ctx)
 		return err
 	}
@@ -169,7 +191,7 @@ func sandboxNamespaces(dir string, sb *sandbox) namespaces {
 	o := sb.record().Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	node := runtimeapi.NamespaceMode_NODE
 	return namespaces{
-		dir:  filepath.Join(dir, "ns"),
+		dir: filepath.Join(dir, "ns"), netPath: sb.record().NetNS,
 		net:  o.GetNetwork() != node,
 		uts:  o.GetNetwork() != node, // the node's network goes with the node's name
 		ipc:  o.GetIpc() != node,
@@ -186,7 +208,7 @@ func (s *Service) shimRequest(sb *sandbox) shim.SandboxRequest {
 	if n.user {
 		r.UserNS = n.path("user")
 	}
-	if parent := sb.record().Config.GetLinux().GetCgroupParent(); parent != "" && sb.record().SharePID && !sb.handler.Runtime.SystemdCgroup {
+	if parent := sb.record().Config.GetLinux().GetCgroupParent(); parent != "" && sb.record().SharePID && !sb.handler.Runtime.SystemdCgroup && !s.o.Node.CgroupDisabled {
 		r.Cgroup = filepath.Join(parent, sb.record().ID)
 	}
 	return r
@@ -224,7 +246,7 @@ func (s *Service) watchHolder(sb *sandbox) {
 func (s *Service) networkRequest(sb *sandbox) network.Request {
 	cfg := sb.record().Config
 	r := network.Request{
-		ID: sb.record().ID, Namespace: cfg.Metadata.Namespace, Name: cfg.Metadata.Name, UID: cfg.Metadata.Uid, NetNS: sb.record().NetNS,
+		ID: sb.record().ID, Handler: sb.handler.Name, Namespace: cfg.Metadata.Namespace, Name: cfg.Metadata.Name, UID: cfg.Metadata.Uid, NetNS: sb.record().NetNS,
 		CgroupPath: cfg.GetLinux().GetCgroupParent(), Labels: cfg.Labels, Annotations: cfg.Annotations, Cached: sb.record().Network,
 		Bandwidth: bandwidth(cfg.Annotations),
 	}

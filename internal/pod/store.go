@@ -20,9 +20,11 @@ type sandboxRecord struct {
 	Name        string // reserved name, unique among sandboxes
 	Hash        string // of the request
 	HandlerName string // the handler that "" stood for
-	// Runtime is what is needed of the handler to end the sandbox, should it not
-	// be configured any more by then.
-	Runtime    shim.Runtime
+	// Runtime is the handler as it was when the sandbox was made, whatever became
+	// of its configuration since.
+	Runtime shim.Runtime
+	// Whole: Runtime is. Records of older daemons have what it takes to end it.
+	Whole      bool
 	Phase      phase
 	NetworkUp  bool // addresses may be allocated
 	Sysctls    map[string]string

@@ -120,10 +120,16 @@ func (c *Client) runStart(ctx context.Context, h *Handler, id, bundle string) (*
 		return nil, err
 	}
 	defer logs.Close()
-	params, err := proto.Marshal(&bootapi.BootstrapParams{
+	boot := &bootapi.BootstrapParams{
 		InstanceID: id, Namespace: containerdNamespace, ContainerdVersion: "2.4.2", SocketDir: proto.String(c.socketDir()),
 		ContainerdGrpcAddress: c.o.GRPCAddress, ContainerdTtrpcAddress: c.o.EventsAddress, ContainerdBinary: self,
-	})
+	}
+	if h.Runtime.ShimCgroup != "" { // the one option that a shim needs before its first task
+		if err := boot.AddExtension(h.foreignOptions(TaskRequest{})); err != nil {
+			return nil, fmt.Errorf("encode the handler's options: %w", err)
+		}
+	}
+	params, err := proto.Marshal(boot)
 	if err != nil {
 		return nil, err
 	}

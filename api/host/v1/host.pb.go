@@ -797,6 +797,8 @@ type TaskOptions struct {
 	RunOnStart    bool   `protobuf:"varint,8,opt,name=run_on_start,json=runOnStart,proto3" json:"run_on_start,omitempty"`
 	IoUid         uint32 `protobuf:"varint,9,opt,name=io_uid,json=ioUid,proto3" json:"io_uid,omitempty"`
 	IoGid         uint32 `protobuf:"varint,10,opt,name=io_gid,json=ioGid,proto3" json:"io_gid,omitempty"`
+	NoPivotRoot   bool   `protobuf:"varint,11,opt,name=no_pivot_root,json=noPivotRoot,proto3" json:"no_pivot_root,omitempty"`
+	NoCgroup      bool   `protobuf:"varint,12,opt,name=no_cgroup,json=noCgroup,proto3" json:"no_cgroup,omitempty"` // where the runtime can do without
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -899,6 +901,20 @@ func (x *TaskOptions) GetIoGid() uint32 {
 		return x.IoGid
 	}
 	return 0
+}
+
+func (x *TaskOptions) GetNoPivotRoot() bool {
+	if x != nil {
+		return x.NoPivotRoot
+	}
+	return false
+}
+
+func (x *TaskOptions) GetNoCgroup() bool {
+	if x != nil {
+		return x.NoCgroup
+	}
+	return false
 }
 
 // SandboxOptions goes into CreateSandboxRequest.options for a resident shim.
@@ -1032,7 +1048,7 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x03 \x01(\tR\x06stderr\" \n" +
 	"\x0eCloseIORequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xbd\x02\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xfe\x02\n" +
 	"\vTaskOptions\x12\x1f\n" +
 	"\vbinary_name\x18\x01 \x01(\tR\n" +
 	"binaryName\x12\x12\n" +
@@ -1047,7 +1063,9 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"runOnStart\x12\x15\n" +
 	"\x06io_uid\x18\t \x01(\rR\x05ioUid\x12\x15\n" +
 	"\x06io_gid\x18\n" +
-	" \x01(\rR\x05ioGid\"\xa1\x01\n" +
+	" \x01(\rR\x05ioGid\x12\"\n" +
+	"\rno_pivot_root\x18\v \x01(\bR\vnoPivotRoot\x12\x1b\n" +
+	"\tno_cgroup\x18\f \x01(\bR\bnoCgroup\"\xa1\x01\n" +
 	"\x0eSandboxOptions\x12\x1b\n" +
 	"\tshare_pid\x18\x01 \x01(\bR\bsharePid\x12%\n" +
 	"\x0euser_namespace\x18\x02 \x01(\tR\ruserNamespace\x12\x1f\n" +

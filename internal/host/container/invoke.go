@@ -81,6 +81,9 @@ func (b *Backend) execute(ctx context.Context, r *ociRuntime, o host.Runtime, di
 	if o.SystemdCgroup {
 		args = append(args, "--systemd-cgroup")
 	}
+	if o.NoCgroup && strings.HasPrefix(filepath.Base(r.path), "crun") { // the only one that has a word for it
+		args = append(args, "--cgroup-manager=disabled")
+	}
 	args = append(append(args, i.verb), i.args...)
 	exit, err := run(ctx, proc.Command{Path: r.path, Args: args, Env: os.Environ(), Dir: dir,
 		Files: [3]*os.File{i.streams.Stdin, i.streams.Stdout, i.streams.Stderr}})

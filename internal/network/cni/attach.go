@@ -40,7 +40,7 @@ func (a *Attacher) Attach(ctx context.Context, r network.Request) (*network.Resu
 	if err := checkRequest(r); err != nil {
 		return nil, fmt.Errorf("attach sandbox %.80s: %w", r.ID, err)
 	}
-	networks, err := a.inForce()
+	networks, err := a.now.Load().folderOf(r.Handler).inForce()
 	if err != nil {
 		return nil, fmt.Errorf("attach sandbox %s: %w", r.ID, err)
 	}
@@ -107,14 +107,14 @@ func (a *Attacher) addAll(ctx context.Context, r network.Request, rec record, ne
 	results, errs := make([]types.Result, len(networks)), make([]error, len(networks))
 	add := func(i int) {
 		n := networks[i]
-		res, err := a.lib.AddNetworkList(ctx, n.list, runtimeConf(r.NetNS, rec, n))
+		res, err := a.now.Load().lib.AddNetworkList(ctx, n.list, runtimeConf(r.NetNS, rec, n))
 		if err != nil {
 			errs[i] = fmt.Errorf("cni network %s (%s): %w", n.list.Name, n.file, typed(err))
 			return
 		}
 		results[i] = res
 	}
-	if a.o.SetupSerially || len(networks) == 1 {
+	if a.now.Load().o.SetupSerially || len(networks) == 1 {
 		for i := range networks {
 			if add(i); errs[i] != nil {
 				return nil, errs[i]
@@ -245,7 +245,7 @@ func (a *Attacher) result(networks []confNetwork, results []types.Result) (*netw
 	if len(res.IPs) == 0 {
 		return nil, fmt.Errorf("%s gave %s of the pod no address: its plugins lack ipam: %w", where, mainInterface, errdefs.ErrFailedPrecondition)
 	}
-	preferFamily(res.IPs, a.o.IPPref)
+	preferFamily(res.IPs, a.now.Load().o.IPPref)
 	res.DNS = network.DNS{Servers: cur.DNS.Nameservers, Searches: cur.DNS.Search, Options: cur.DNS.Options}
 	return res, nil
 }
@@ -290,7 +290,7 @@ func (a *Attacher) attachment(r network.Request) (record, []confNetwork, error) 
 		networks, err := stored.networks()
 		return *stored, networks, err
 	}
-	networks, err := a.inForce()
+	networks, err := a.now.Load().folderOf(r.Handler).inForce()
 	if err != nil {
 		a.log.Warn("detaching without a network configuration", "sandbox", r.ID, "err", err)
 		networks = nil
@@ -313,7 +313,7 @@ func (a *Attacher) delAll(ctx context.Context, r network.Request, rec record, ne
 		if i == 0 {
 			a.supplyCache(r, rec, n)
 		}
-		if err := a.lib.DelNetworkList(ctx, n.list, runtimeConf(netns, rec, n)); err != nil {
+		if err := a.now.Load().lib.DelNetworkList(ctx, n.list, runtimeConf(netns, rec, n)); err != nil {
 			errs = append(errs, fmt.Errorf("cni network %s (%s): %w", n.list.Name, n.file, typed(err)))
 		}
 	}
@@ -332,7 +332,7 @@ func (a *Attacher) supplyCache(r network.Request, rec record, n confNetwork) {
 	if len(r.Cached) == 0 || !json.Valid(r.Cached) {
 		return
 	}
-	path := filepath.Join(a.o.CacheDir, "results", n.list.Name+"-"+rec.ID+"-"+n.ifName)
+	path := filepath.Join(a.now.Load().o.CacheDir, "results", n.list.Name+"-"+rec.ID+"-"+n.ifName)
 	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 		return
 	}
@@ -358,7 +358,7 @@ func (a *Attacher) Check(ctx context.Context, r network.Request) error {
 		return fmt.Errorf("check sandbox %s: %w", r.ID, err)
 	}
 	for _, n := range networks {
-		if err := a.lib.CheckNetworkList(ctx, n.list, runtimeConf(r.NetNS, rec, n)); err != nil {
+		if err := a.now.Load().lib.CheckNetworkList(ctx, n.list, runtimeConf(r.NetNS, rec, n)); err != nil {
 			return fmt.Errorf("check sandbox %s: cni network %s (%s): %w", r.ID, n.list.Name, n.file, typed(err))
 		}
 	}
