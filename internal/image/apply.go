@@ -24,6 +24,7 @@ type applier struct {
 	syncFS  bool
 	dirs    *unnamedDirs
 	keys    layerKeys
+	ahead   bool // decompress in a goroutine of its own
 }
 
 func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts []mount.Mount, _ ...diff.ApplyOpt) (imagespec.Descriptor, error) {
@@ -43,10 +44,14 @@ func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts [
 		return none, fmt.Errorf("decompress layer: %w", err)
 	}
 	defer plain.Close()
-	ahead := newReadAhead(plain)
-	defer ahead.Close() // before plain: it is what reads there
+	archived := io.Reader(plain)
+	if a.ahead {
+		r := newReadAhead(plain)
+		defer r.Close() // before plain: it is what reads there
+		archived = r
+	}
 	sum := digest.Canonical.Digester()
-	out := &countingReader{r: io.TeeReader(ahead, sum.Hash())}
+	out := &countingReader{r: io.TeeReader(archived, sum.Hash())}
 	if err := a.extract(ctx, mounts, out); err != nil {
 		return none, err
 	}

@@ -102,7 +102,9 @@ func (s *Store) unpackPlatform(name string, sn snapshots.Snapshotter, u unpackin
 		Platform:       platforms.All, // follow has checked it
 		SnapshotterKey: name,
 		Snapshotter:    layering{sn, dirs, u.decrypted()},
-		Applier:        &applier{content: s.content, track: u.track, syncFS: s.o.SyncFS, dirs: dirs, keys: u.keys},
+		Applier: &applier{content: s.content, track: u.track, syncFS: s.o.SyncFS, dirs: dirs, keys: u.keys,
+			// Enough layers at a time keep all cores busy by themselves.
+			ahead: !parallel || int64(len(u.manifest.Layers)) < unpackers()},
 	}
 	if parallel {
 		p.SnapshotterCapabilities = []string{snapshots.RebaseCap}

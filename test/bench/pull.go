@@ -47,6 +47,11 @@ func pull(ctx context.Context, o testnode.Options, name, ref string, r *result) 
 		return err
 	}
 	r.add(name, time.Since(start))
+	used, err := processorTime(node.PID())
+	if err != nil {
+		return err
+	}
+	r.add(name+", CPU", used)
 	peak, err := peakMemory(node.PID())
 	if err != nil {
 		return err
@@ -55,6 +60,27 @@ func pull(ctx context.Context, o testnode.Options, name, ref string, r *result) 
 	defer r.mu.Unlock()
 	r.Peak[name] = max(r.Peak[name], peak)
 	return nil
+}
+
+// processorTime is what a process has used in its life.
+func processorTime(pid int) (time.Duration, error) {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, err
+	}
+	f := bytes.Fields(text[bytes.LastIndexByte(text, ')')+1:])
+	if len(f) < 13 {
+		return 0, fmt.Errorf("process %d does not tell its processor time", pid)
+	}
+	var ticks int64
+	for _, v := range f[11:13] { // in user and in kernel mode
+		n, err := strconv.ParseInt(string(v), 10, 64)
+		if err != nil {
+			return 0, err
+		}
+		ticks += n
+	}
+	return time.Duration(ticks) * time.Second / 100, nil // the kernel's unit towards programs
 }
 
 // peakMemory is the greatest resident size that a process ever had, in bytes.
