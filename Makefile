@@ -32,7 +32,7 @@ demo: ## a pod from an image to its removal, on a private daemon, with times
 	@$(GO) run ./test/demo
 
 test: ## everything that has to pass: unit, integration (as root), conformance
-	@test/setup oci cgo iptables
+	@test/setup oci cgo iptables registry
 	$(MAKE) build lint unit integration demo conformance
 
 unit: build

@@ -52,7 +52,7 @@ func (r *reloader) apply(cfg config.Config) error {
 		}
 		return err
 	}
-	r.images.SetHosts(imageHosts(cfg))
+	r.images.SetHosts(imageHosts(cfg, r.log.Logger))
 	r.log.level.Set(level)
 	return nil
 }
@@ -97,6 +97,11 @@ func (r *reloader) heed(ctx context.Context) {
 func (r *reloader) snapshotter(handler string) (string, error) {
 	cfg := r.current()
 	return snapshotter(cfg, handler, cfg.Runtime.Containerd.Runtimes[handler]), nil
+}
+
+// platform is that of the images of a handler; empty is the node's own.
+func (r *reloader) platform(handler string) string {
+	return r.current().Images.RuntimePlatforms[handler].Platform
 }
 
 // conditions are facts about the configuration for CRI's status.

@@ -104,7 +104,7 @@ func runDaemon(ctx context.Context, cfg config.Config, load func() (config.Confi
 		return err
 	}
 	server := cri.New(tells.observe(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
-		Snapshotter: reload.snapshotter}))
+		Snapshotter: reload.snapshotter, Platform: reload.platform}))
 	loadAppArmor(cfg, log)
 	if err := tells.serve(cfg, pods, log); err != nil {
 		return err
@@ -281,25 +281,6 @@ func removeStale(ctx context.Context, path string) error {
 		return fmt.Errorf("remove the stale socket: %w", err)
 	}
 	return nil
-}
-
-func imageOptions(cfg config.Config, log *slog.Logger) image.Options {
-	o := image.Options{
-		Root: filepath.Join(cfg.Root, "images"), Snapshotter: cfg.Images.Snapshotter,
-		ConfigPath: cfg.Images.Registry.ConfigPath, Headers: cfg.Images.Registry.Headers, // see imageHosts
-		MaxConcurrentDownloads: cfg.Images.MaxConcurrentDownloads,
-		ProgressTimeout:        cfg.Images.ImagePullProgressTimeout.Duration,
-		DiscardUnpackedLayers:  cfg.Images.DiscardUnpackedLayers, SyncFS: cfg.Images.ImagePullWithSyncFS, Log: log,
-	}
-	for _, ref := range cfg.Images.PinnedImages {
-		o.Pinned = append(o.Pinned, ref)
-	}
-	return o
-}
-
-// imageHosts is what of imageOptions can change.
-func imageHosts(cfg config.Config) image.Hosts {
-	return image.Hosts{ConfigPath: cfg.Images.Registry.ConfigPath, Headers: cfg.Images.Registry.Headers}
 }
 
 func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) {

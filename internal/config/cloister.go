@@ -15,6 +15,9 @@ type Cloister struct {
 	CDIAnnotations bool `toml:"cdi_annotations"`
 	// Handlers are settings of runtime handlers, by name.
 	Handlers map[string]HandlerLimits `toml:"handlers"`
+	// Credentials are where the daemon finds credentials of its own: for mirrors,
+	// and for registries when kubelet sends none.
+	Credentials Credentials `toml:"credentials"`
 	// Shim is the path of cloister-shim. Empty: beside the daemon's own program, then PATH.
 	Shim string `toml:"shim"`
 }
@@ -28,4 +31,17 @@ type BuiltinNetwork struct {
 	Subnets []string `toml:"subnets"`
 	// MTU of the pods' interfaces; 0 takes that of the node's default route.
 	MTU int `toml:"mtu"`
+}
+
+// Credentials is the table credentials of Cloister. Secrets stay in the files
+// and programs that it names, and are read at each pull.
+type Credentials struct {
+	// DockerConfigs are files as "docker login" writes them, with their credential
+	// helpers, the first that knows the host wins.
+	DockerConfigs []string `toml:"docker_configs"`
+	// ProviderConfig is kubelet's --image-credential-provider-config: plugins that
+	// are asked for mirrors too, which kubelet does not do.
+	ProviderConfig string `toml:"provider_config"`
+	// ProviderBinDir is kubelet's --image-credential-provider-bin-dir.
+	ProviderBinDir string `toml:"provider_bin_dir"`
 }

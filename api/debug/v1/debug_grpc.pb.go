@@ -24,6 +24,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Debug_PullProgress_FullMethodName = "/cloister.debug.v1.Debug/PullProgress"
 	Debug_Fsck_FullMethodName         = "/cloister.debug.v1.Debug/Fsck"
+	Debug_PruneImages_FullMethodName  = "/cloister.debug.v1.Debug/PruneImages"
 )
 
 // DebugClient is the client API for Debug service.
@@ -38,6 +39,8 @@ type DebugClient interface {
 	// Fsck compares the store with what is on the machine and lists what has no
 	// owner. Nothing of a pod or container that the store knows is touched.
 	Fsck(ctx context.Context, in *FsckRequest, opts ...grpc.CallOption) (*FsckResponse, error)
+	// PruneImages removes images that no container uses and that are not pinned.
+	PruneImages(ctx context.Context, in *PruneImagesRequest, opts ...grpc.CallOption) (*PruneImagesResponse, error)
 }
 
 type debugClient struct {
@@ -77,6 +80,16 @@ func (c *debugClient) Fsck(ctx context.Context, in *FsckRequest, opts ...grpc.Ca
 	return out, nil
 }
 
+func (c *debugClient) PruneImages(ctx context.Context, in *PruneImagesRequest, opts ...grpc.CallOption) (*PruneImagesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PruneImagesResponse)
+	err := c.cc.Invoke(ctx, Debug_PruneImages_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // DebugServer is the server API for Debug service.
 // All implementations must embed UnimplementedDebugServer
 // for forward compatibility.
@@ -89,6 +102,8 @@ type DebugServer interface {
 	// Fsck compares the store with what is on the machine and lists what has no
 	// owner. Nothing of a pod or container that the store knows is touched.
 	Fsck(context.Context, *FsckRequest) (*FsckResponse, error)
+	// PruneImages removes images that no container uses and that are not pinned.
+	PruneImages(context.Context, *PruneImagesRequest) (*PruneImagesResponse, error)
 	mustEmbedUnimplementedDebugServer()
 }
 
@@ -104,6 +119,9 @@ func (UnimplementedDebugServer) PullProgress(*PullProgressRequest, grpc.ServerSt
 }
 func (UnimplementedDebugServer) Fsck(context.Context, *FsckRequest) (*FsckResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method Fsck not implemented")
+}
+func (UnimplementedDebugServer) PruneImages(context.Context, *PruneImagesRequest) (*PruneImagesResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method PruneImages not implemented")
 }
 func (UnimplementedDebugServer) mustEmbedUnimplementedDebugServer() {}
 func (UnimplementedDebugServer) testEmbeddedByValue()               {}
@@ -155,6 +173,24 @@ func _Debug_Fsck_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Debug_PruneImages_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PruneImagesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DebugServer).PruneImages(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Debug_PruneImages_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DebugServer).PruneImages(ctx, req.(*PruneImagesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Debug_ServiceDesc is the grpc.ServiceDesc for Debug service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -165,6 +201,10 @@ var Debug_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Fsck",
 			Handler:    _Debug_Fsck_Handler,
+		},
+		{
+			MethodName: "PruneImages",
+			Handler:    _Debug_PruneImages_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{
