@@ -24,7 +24,7 @@ type telemetries struct {
 func openTelemetry(ctx context.Context, cfg config.Config, version string) (*telemetries, error) {
 	t := &telemetries{}
 	if cfg.Plugins.Metrics.Address != "" {
-		t.metrics = telemetry.NewMetrics(version, cfg.Plugins.GRPCMetrics.GRPCHistogram)
+		t.metrics = telemetry.NewMetrics(version)
 	}
 	if o := cfg.Plugins.OTLP; o.Endpoint != "" {
 		var err error
