@@ -1,18 +1,21 @@
 package integration
 
 import (
+	"bytes"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -494,5 +497,33 @@ func TestEffectOfConfTemplate(t *testing.T) {
 	st := runPod(t, n).status()
 	if !strings.HasPrefix(st.Network.Ip, "fd13:78::") || len(st.Network.AdditionalIps) != 1 || !strings.HasPrefix(st.Network.AdditionalIps[0].Ip, "10.232.78.") {
 		t.Errorf("addresses %v", st.Network)
+	}
+}
+
+// TestTracesOfAPod sends the spans of a pod to a collector.
+func TestTracesOfAPod(t *testing.T) {
+	needRoot(t)
+	var mu sync.Mutex
+	var got bytes.Buffer
+	collector := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		_, _ = got.ReadFrom(r.Body)
+	}))
+	t.Cleanup(collector.Close)
+	n := own(t, testnode.Options{Extra: fmt.Sprintf("version = 3\n[plugins.\"io.containerd.tracing.processor.v1.otlp\"]\nendpoint = %q\ninsecure = true\n", collector.URL)})
+	runPod(t, n).sh("exit 0").ended()
+	if err := n.Stop(t.Context()); err != nil { // sends what is left
+		t.Fatal(err)
+	}
+	mu.Lock()
+	for _, span := range []string{"runtime.v1.RuntimeService/RunPodSandbox", "make pod sandbox", "attaching the network", "make container", "writing the specification"} {
+		if !bytes.Contains(got.Bytes(), []byte(span)) {
+			t.Errorf("the collector got no span %q", span)
+		}
+	}
+	mu.Unlock()
+	if err := n.Run(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 }
