@@ -403,6 +403,7 @@ func podOptions(cfg config.Config, log *slog.Logger, images *image.Store, net ne
 		CgroupParent: cgroupParent(cfg.State),
 		LogMaxLine:   int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
 		DrainExecSync: r.DrainExecSyncIOTimeout.Duration, StatsPeriod: r.StatsCollectPeriod.Duration,
+		LayerPeriod: time.Duration(cfg.Images.StatsCollectPeriod) * time.Second,
 	}
 	if !r.NetNSMountsUnderStateDir {
 		o.NetNSDir = "/var/run/netns"

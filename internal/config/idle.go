@@ -54,8 +54,6 @@ func allIdleKeys() []idleKey {
 		{plugin("io.containerd.monitor.task.v1.cgroups"), "metrics cover all containers"},
 		{plugin("io.containerd.internal.v1.opt"), "nothing is installed out of images"},
 		{plugin("io.containerd.monitor.container.v1.restart"), "kubelet restarts containers"},
-		{plugin("io.containerd.internal.v1.tracing"), "set the variables OTEL_TRACES_SAMPLER and OTEL_SERVICE_NAME"},
-		{plugin("io.containerd.tracing.processor.v1.otlp"), "set the variables OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_EXPORTER_OTLP_PROTOCOL"},
 	}
 }
 
