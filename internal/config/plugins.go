@@ -317,9 +317,9 @@ type OTLP struct {
 type GRPCServer struct {
 	// Address is the path of the CRI socket. It is in the state folder unless it is set.
 	Address string `toml:"address" since:"1.0"`
-	// UID owns the socket.
+	// UID owns the socket. Whoever can use it has all rights on the machine.
 	UID int `toml:"uid" since:"1.0"`
-	// GID owns the socket.
+	// GID is the group that may use the socket; 0 is none but root's.
 	GID int `toml:"gid" since:"1.0"`
 	// MaxRecvMessageSize bounds requests, in bytes.
 	MaxRecvMessageSize int `toml:"max_recv_message_size" since:"1.1"`
