@@ -7,10 +7,12 @@ type Hosts struct {
 	Headers    map[string][]string
 }
 
-// SetHosts replaces what Options said of registries.
-func (s *Store) SetHosts(h Hosts) {
+// SetHosts replaces what Options said of registries. With an error nothing
+// changes.
+func (s *Store) SetHosts(h Hosts) error {
 	if h.ConfigPath == "" {
 		h.ConfigPath = defaultHostsPath
 	}
 	s.hosts.Store(&h)
+	return nil
 }

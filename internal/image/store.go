@@ -86,7 +86,9 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	}
 	s := &Store{o: withDefaults(o), index: newIndex(o.Pinned)}
 	s.log = s.o.Log
-	s.SetHosts(Hosts{s.o.ConfigPath, s.o.Headers})
+	if err := s.SetHosts(Hosts{s.o.ConfigPath, s.o.Headers}); err != nil {
+		return nil, fmt.Errorf("open image store %s: %w", o.Root, err)
+	}
 	s.reserve = reserve{filepath.Join(o.Root, "reserve")}
 	s.idmap = sync.OnceValues(overlayutils.SupportsIDMappedMounts)
 	s.ctx, s.cancel = context.WithCancel(namespaces.WithNamespace(log.WithLogger(context.Background(), forwardLog(s.log)), namespace))
