@@ -173,6 +173,12 @@ func TestExplain(t *testing.T) {
 			t.Errorf("%s: got %s, %s", tt.ask, found[0].Key.Key, found[0].Note)
 		}
 	}
+	for table, key := range map[string]string{"cni": "bin_dirs", `"io.containerd.nri.v1.nri"`: "socket_path", "runtimes.kata": "runtime_type"} {
+		found, err := Explain(table)
+		if err != nil || len(found) < 5 || !strings.HasSuffix(found[0].Key.Key, "."+key) && !strings.HasSuffix(found[1].Key.Key, "."+key) {
+			t.Errorf("table %s: %+v, %v", table, found, err)
+		}
+	}
 	if _, err := Explain("snapshoter"); !errors.Is(err, errdefs.ErrNotFound) || !strings.Contains(err.Error(), `"snapshotter"`) {
 		t.Errorf("got %v", err)
 	}
