@@ -231,3 +231,15 @@ func FuzzMigrate(f *testing.F) {
 		}
 	})
 }
+
+func FuzzExplain(f *testing.F) {
+	for _, k := range []string{"snapshotter", `plugins."io.containerd.grpc.v1.cri".sandbox_image`, "cni", "runtimes.x.options.BinaryName", "a=1\nb", `"\u0041"`, "'"} {
+		f.Add(k)
+	}
+	f.Fuzz(func(t *testing.T, key string) {
+		found, err := Explain(key)
+		if (err == nil) != (len(found) > 0) {
+			t.Errorf("%q: %d keys and %v", key, len(found), err)
+		}
+	})
+}
