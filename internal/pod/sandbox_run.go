@@ -109,16 +109,9 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 		return err
 	}
 
-	attached := &network.Result{}
-	if sb.record().NetworkUp {
-		stage("attaching the network")
-		err := timed(s.o.Observer.Network, "attach", func() (err error) {
-			attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
-			return err
-		})
-		if err != nil {
-			return fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
-		}
+	attached, err := s.attach(ctx, sb, stage)
+	if err != nil {
+		return err
 	}
 
 	stage("starting the sandbox on its shim")
@@ -134,10 +127,9 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	defer release()
 	if s.o.NRI.Active() {
 		stage("asking plugins")
-		undo.Add("tell plugins that there will be no pod", func(ctx context.Context) error {
-			return s.o.NRI.RemovePod(ctx, s.nriPod(sb, attached.IPs, pid))
-		})
-		if err := s.o.NRI.RunPod(ctx, s.nriPod(sb, attached.IPs, pid)); err != nil {
+		pod := s.nriPod(sb, attached.IPs, pid)
+		undo.Add("tell plugins that there will be no pod", func(ctx context.Context) error { return s.o.NRI.RemovePod(ctx, pod) })
+		if err := s.o.NRI.RunPod(ctx, pod); err != nil {
 			return err
 		}
 	}
@@ -154,6 +146,23 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, id, id)
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, id, id)
 	return nil
+}
+
+// attach connects the sandbox to the network, unless it has the node's.
+func (s *Service) attach(ctx context.Context, sb *sandbox, stage func(string)) (*network.Result, error) {
+	attached := &network.Result{}
+	if !sb.record().NetworkUp {
+		return attached, nil
+	}
+	stage("attaching the network")
+	err := timed(s.o.Observer.Network, "attach", func() (err error) {
+		attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
+	}
+	return attached, nil
 }
 
 // usable tells why nothing can be started in the sandbox any more, if so.
