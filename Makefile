@@ -24,7 +24,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## bin/cloister, bin/cloister-shim, bin/cloister-teec
-	CGO_ENABLED=0 $(GO) build $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister ./cmd/cloister-teec
+	CGO_ENABLED=0 $(GO) build -tags nri_no_wasm $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister ./cmd/cloister-teec
 	CGO_ENABLED=0 $(GO) build -tags no_grpc $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister-shim
 
 demo: ## a pod from an image to its removal, on a private daemon, with times

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -33,28 +34,42 @@ type reloader struct {
 
 // apply changes all rooms or, with an error, none.
 func (r *reloader) apply(cfg config.Config) error {
-	shims, err := shimOptions(cfg, r.log.Logger)
-	if err != nil {
-		return err
-	}
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
 		return fmt.Errorf("log level %q: %w", cfg.LogLevel, err)
 	}
-	if c, ok := r.net.(*cni.Attacher); ok {
-		if err := c.Reconfigure(cniOptions(cfg, r.log.Logger)); err != nil {
-			return err
+	rooms := []func(config.Config) error{r.applyNetwork, r.applyImages, r.applyShims}
+	for i, change := range rooms {
+		err := change(cfg)
+		if err == nil {
+			continue
 		}
-	}
-	if err := r.shims.Reload(shims.Runtimes, shims.Default); err != nil {
-		if c, ok := r.net.(*cni.Attacher); ok { // back to what it was, which was good
-			_ = c.Reconfigure(cniOptions(r.current(), r.log.Logger))
+		for _, back := range rooms[:i] { // to what was good
+			if backErr := back(r.current()); backErr != nil {
+				err = errors.Join(err, fmt.Errorf("go back to the configuration before: %w", backErr))
+			}
 		}
 		return err
 	}
-	r.images.SetHosts(imageHosts(cfg, r.log.Logger))
 	r.log.level.Set(level)
 	return nil
+}
+
+func (r *reloader) applyNetwork(cfg config.Config) error {
+	if c, ok := r.net.(*cni.Attacher); ok {
+		return c.Reconfigure(cniOptions(cfg, r.log.Logger))
+	}
+	return nil
+}
+
+func (r *reloader) applyImages(cfg config.Config) error { return r.images.SetHosts(imageHosts(cfg, r.log.Logger)) }
+
+func (r *reloader) applyShims(cfg config.Config) error {
+	o, err := shimOptions(cfg, r.log.Logger)
+	if err != nil {
+		return err
+	}
+	return r.shims.Reload(o.Runtimes, o.Default)
 }
 
 // current is the configuration in force.

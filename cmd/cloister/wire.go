@@ -199,7 +199,7 @@ func openStreams(cfg config.Config, log *slog.Logger, pods *pod.Service, closing
 
 // serve answers on the CRI socket until ctx ends.
 func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri.Server, pods *pod.Service, images *image.Store, options ...grpc.ServerOption) error {
-	lis, err := listen(ctx, cfg.Address)
+	lis, err := listen(ctx, cfg.Address, cfg.Plugins.GRPC)
 	if err != nil {
 		return err
 	}
@@ -239,9 +239,9 @@ func loadAppArmor(cfg config.Config, log *slog.Logger) {
 	}
 }
 
-// listen makes the socket, which only root may use, in place of one that
-// nobody serves any more.
-func listen(ctx context.Context, address string) (net.Listener, error) {
+// listen makes the socket, which only its owner may use and the group that is
+// named, in place of one that nobody serves any more.
+func listen(ctx context.Context, address string, owner config.GRPCServer) (net.Listener, error) {
 	path := strings.TrimPrefix(address, "unix://")
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("make the socket's folder: %w", err)
@@ -253,7 +253,11 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
+	mode := os.FileMode(0o600)
+	if owner.GID != 0 {
+		mode = 0o660
+	}
+	if err := errors.Join(os.Chown(path, owner.UID, owner.GID), os.Chmod(path, mode)); err != nil {
 		lis.Close()
 		return nil, fmt.Errorf("restrict the socket: %w", err)
 	}
@@ -390,6 +394,7 @@ func podOptions(cfg config.Config, log *slog.Logger, images *image.Store, net ne
 		CgroupParent: cgroupParent(cfg.State),
 		LogMaxLine:   int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
 		DrainExecSync: r.DrainExecSyncIOTimeout.Duration, StatsPeriod: r.StatsCollectPeriod.Duration,
+		LayerPeriod: time.Duration(cfg.Images.StatsCollectPeriod) * time.Second,
 	}
 	if !r.NetNSMountsUnderStateDir {
 		o.NetNSDir = "/var/run/netns"

@@ -121,10 +121,9 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	defer release()
 	if s.o.NRI.Active() {
 		stage("asking plugins")
-		undo.Add("tell plugins that there will be no pod", func(ctx context.Context) error {
-			return s.o.NRI.RemovePod(ctx, s.nriPod(sb, attached.IPs, pid))
-		})
-		if err := s.o.NRI.RunPod(ctx, s.nriPod(sb, attached.IPs, pid)); err != nil {
+		pod := s.nriPod(sb, attached.IPs, pid)
+		undo.Add("tell plugins that there will be no pod", func(ctx context.Context) error { return s.o.NRI.RemovePod(ctx, pod) })
+		if err := s.o.NRI.RunPod(ctx, pod); err != nil {
 			return err
 		}
 	}

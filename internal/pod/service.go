@@ -46,6 +46,7 @@ type Options struct {
 	// a child of it may hold open; 0: as long as the caller waits.
 	DrainExecSync time.Duration
 	StatsPeriod   time.Duration              // statistics are no older than this
+	LayerPeriod   time.Duration              // between two measurements of a writable layer; 0: layerAge
 	PodRanges     func([]netip.Prefix) error // takes the node's pod ranges; nil: nobody wants them
 	VerboseInfo   func() map[string]any      // the configuration, as Status shows it
 	Conditions    func() []Condition         // further conditions of Status
