@@ -27,14 +27,15 @@ type Guest struct {
 
 // Manifest tells what a guest was made of. It is stored beside it.
 type Manifest struct {
-	KernelVersion string    `json:"kernelVersion"` // what uname -r says in it
-	KernelSource  string    `json:"kernelSource"`  // a package with its version, or a path
-	Agent         string    `json:"agent"`         // version of cloister-shim
-	Runtime       string    `json:"runtime"`       // version of crun
-	Digest        string    `json:"digest"`        // of kernel and initrd
-	Size          int64     `json:"size"`          // bytes of both
-	Modules       []string  `json:"modules"`
-	Built         time.Time `json:"built"`
+	KernelVersion string   `json:"kernelVersion"` // what uname -r says in it
+	KernelSource  string   `json:"kernelSource"`  // a package with its version, or a path
+	Agent         string   `json:"agent"`         // version of cloister-shim
+	Runtime       string   `json:"runtime"`       // version of crun
+	Digest        string   `json:"digest"`        // of kernel and initrd
+	Size          int64    `json:"size"`          // bytes of both
+	Modules       []string `json:"modules"`
+	// Built is when, by the time of the file: it is no part of what was built.
+	Built time.Time `json:"-"`
 }
 
 // ContentsPath is where the initial file system describes itself to the agent,
