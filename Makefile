@@ -86,7 +86,7 @@ generate: ## Go code out of api/*.proto, docs/configuration.md out of internal/c
 	PATH=$(TOOLS):$$PATH protoc -I api -I /usr/include --go_out=. --go_opt=module=cloister.dev \
 	  --go-grpc_out=. --go-grpc_opt=module=cloister.dev debug/v1/debug.proto
 	PATH=$(TOOLS):$$PATH protoc -I api -I /usr/include --go_out=. --go_opt=module=cloister.dev \
-	  --go-ttrpc_out=. --go-ttrpc_opt=module=cloister.dev host/v1/host.proto
+	  --go-ttrpc_out=. --go-ttrpc_opt=module=cloister.dev host/v1/host.proto guest/v1/guest.proto
 
 install: build ## into PREFIX (/usr/local), with the systemd unit and shell completion
 	install -D -m 0755 bin/cloister $(DESTDIR)$(PREFIX)/bin/cloister

@@ -69,7 +69,7 @@ func (rec *taskRecord) readOptions(r *taskapi.CreateTaskRequest) error {
 func (rec *taskRecord) readOwn(o *hostv1.TaskOptions) error {
 	s := &rec.Spec
 	s.Runtime = Runtime{Binary: o.BinaryName, Root: o.Root, SystemdCgroup: o.SystemdCgroup, NoNewKeyring: o.NoNewKeyring}
-	s.RunOnStart = o.RunOnStart
+	s.RunOnStart, s.Sandbox, s.TargetTask = o.RunOnStart, o.SandboxId, o.TargetTask
 	log := o.GetLog()
 	if p := log.GetPath(); p != "" && (!filepath.IsAbs(p) || filepath.Clean(p) != p) {
 		return fmt.Errorf("task %s: log path %q is not a clean absolute path: %w", s.ID, p, errdefs.ErrInvalidArgument)
