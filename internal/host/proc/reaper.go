@@ -195,9 +195,13 @@ type Command struct {
 	Files [3]*os.File // nil is /dev/null
 	Extra []*os.File  // descriptors 3 and on
 	Sys   *syscall.SysProcAttr
+	// Cgroups are folders of cgroups, at most one of each hierarchy, that the
+	// program is in from its first instruction on. Empty: this process's own.
+	Cgroups []string
 }
 
-// Start forks c on the calling thread and reports its end to exited.
+// Start forks c, on the calling thread unless it names cgroups, and reports
+// its end to exited.
 func (r *Reaper) Start(c Command, exited func(Exit)) (pid int, err error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
@@ -213,7 +217,7 @@ func (r *Reaper) Start(c Command, exited func(Exit)) (pid int, err error) {
 	}
 	done := r.Birth()
 	defer done()
-	if pid, err = syscall.ForkExec(c.Path, c.Args, attr); err != nil {
+	if pid, err = fork(c, attr); err != nil {
 		return 0, fmt.Errorf("run %s: %w", c.Path, err)
 	}
 	r.mu.Lock()
