@@ -29,7 +29,7 @@ func bootModules() map[string][]string {
 // laterModules are loaded when they are wanted: disks, file systems on them,
 // resizing, vsock, and what pods do with the network inside their own kernel.
 func laterModules() []string {
-	return []string{"virtio_blk", "virtio_mem", "virtio_balloon", "vmw_vsock_virtio_transport", "erofs", "loop", "tun",
+	return []string{"virtio_scsi", "sd_mod", "virtio_mem", "virtio_balloon", "vmw_vsock_virtio_transport", "erofs", "loop", "tun",
 		"x_tables", "ip_tables", "ip6_tables", "iptable_filter", "iptable_nat", "iptable_mangle", "ip6table_filter", "ip6table_nat",
 		"nf_tables", "nft_compat", "nft_chain_nat", "nft_ct", "nft_nat", "nft_masq", "nft_redir", "nft_reject_inet",
 		"xt_conntrack", "xt_nat", "xt_MASQUERADE", "xt_REDIRECT", "xt_addrtype", "xt_comment", "xt_mark", "xt_multiport", "xt_owner", "xt_tcpudp", "xt_TPROXY"}

@@ -19,32 +19,33 @@ package machine
 
 import (
 	"context"
-	"net"
 	"os"
 
 	"cloister.dev/internal/host/proc"
 )
 
 // Machine is a virtual machine that runs. Its methods may be called
-// concurrently. All but Done, Exit, State and Close fail with
-// errdefs.ErrUnavailable once it has ended.
+// concurrently. Those that change it fail with errdefs.ErrUnavailable once it
+// has ended.
 type Machine interface {
 	// State is what has to be on disk for Attach.
 	State() State
-	// Channel connects to the host's end of the guest's port ChannelPort. One
-	// connection exists at a time; the guest sees its end and a new one.
-	Channel(ctx context.Context) (net.Conn, error)
 	// Console gives the end of what the guest wrote on its console, at most
 	// ConsoleSize bytes, also after the end of the machine.
 	Console(ctx context.Context) []byte
 
-	// AddDisk and RemoveDisk change a machine that runs; a machine type that
-	// cannot do so answers errdefs.ErrNotImplemented.
+	// AddPort gives the guest one more stream, RemovePort takes it away; a port
+	// that is not there is success. Ports lists the names of all.
+	AddPort(ctx context.Context, p Port) error
+	RemovePort(ctx context.Context, name string) error
+	Ports(ctx context.Context) ([]string, error)
+	// AddDisk and RemoveDisk change the disks; a disk that is not there is
+	// success for the latter.
 	AddDisk(ctx context.Context, d Disk) error
 	RemoveDisk(ctx context.Context, id string) error
 	// Resize asks for another size and gives the size that was reached; the
-	// guest may have to bring new processors up. A machine type that cannot
-	// change answers errdefs.ErrNotImplemented.
+	// guest has to bring new processors up, and to give memory back when it is
+	// asked for it. A machine without MaxSize answers errdefs.ErrNotImplemented.
 	Resize(ctx context.Context, want Size) (Size, error)
 	// Pause stops all processors and Resume lets them go on.
 	Pause(ctx context.Context) error
@@ -67,13 +68,8 @@ type Exit struct {
 	Reason string
 }
 
-// Names that both ends know.
-const (
-	// ChannelPort is the name of the virtio-serial port that the agent serves.
-	ChannelPort = "cloister.channel"
-	// ConsoleSize is how much of the console is kept.
-	ConsoleSize = 64 << 10
-)
+// ConsoleSize is how much of the console is kept, in bytes.
+const ConsoleSize = 64 << 10
 
 // Types of machines.
 const (
@@ -102,18 +98,16 @@ type Config struct {
 	Size    Size
 	MaxSize Size // how far Resize may go; zero: not at all
 
-	// Dir is a private folder that exists; sockets of the machine lie there,
-	// so its path has to be short (at most 80 bytes).
+	// Dir is a private folder that exists; a socket lies there, so its path
+	// has to be short (at most 80 bytes).
 	Dir string
-	// Cgroup is a path in every cgroup hierarchy that holds QEMU from its
-	// first instruction on. Empty: the starting process's own.
-	Cgroup string
+	// Cgroups are folders of cgroups, at most one of each hierarchy, that hold
+	// QEMU from its first instruction on. Empty: the starting process's own.
+	Cgroups []string
 
 	Shares []Share
 	NICs   []NIC
 	Disks  []Disk
-	// VsockCID gives the guest a vhost-vsock device of this context id.
-	VsockCID uint32
 }
 
 // Size of a machine.
@@ -121,6 +115,26 @@ type Size struct {
 	CPUs   uint32 `json:"cpus"`
 	Memory int64  `json:"memory"` // bytes, a multiple of 1 MiB
 }
+
+// Port is a stream between the host and the guest, a virtio-serial port. QEMU
+// holds the host's end: nobody is needed in between, and nothing is lost when
+// the process that made it dies.
+type Port struct {
+	Name      string // 1 to 60 bytes of [a-z0-9.-]; the guest finds the port by it
+	Direction Direction
+	// File is the host's end. The machine gets a copy; this one is the caller's.
+	File *os.File
+}
+
+// Direction of a port.
+type Direction int
+
+// Directions.
+const (
+	FromGuest Direction = iota // File is opened for writing: a FIFO, a pipe or a file
+	ToGuest                    // File is opened for reading: a FIFO or a pipe
+	BothWays                   // File is a connected stream socket
+)
 
 // Share is a folder served by virtiofsd.
 type Share struct {
@@ -142,14 +156,17 @@ type Disk struct {
 	ReadOnly bool
 }
 
-// State finds a machine again. It is stored as JSON.
+// State finds a machine again. It is stored as JSON. Whoever was killed before
+// he could store it finds the machine by Dir alone.
 type State struct {
 	ID    string `json:"id"`
 	Type  string `json:"type"`
 	Dir   string `json:"dir"`
-	Pid   int    `json:"pid"`
-	Start uint64 `json:"start"` // with Pid, the process's identity
+	Pid   int    `json:"pid,omitempty"`
+	Start uint64 `json:"start,omitempty"` // with Pid, the process's identity
 	Size  Size   `json:"size"`
+	Max   Size   `json:"max"`
+	Base  int64  `json:"base,omitempty"` // memory at the start
 }
 
 // Start boots a machine. It returns when QEMU runs, which is before the guest
@@ -159,8 +176,9 @@ func Start(ctx context.Context, reaper *proc.Reaper, c Config) (Machine, error) 
 	return startQEMU(ctx, reaper, c)
 }
 
-// Attach takes up a machine that an earlier life of this program started. A
-// machine that has ended meanwhile is given back ended: Done is closed.
-func Attach(ctx context.Context, reaper *proc.Reaper, s State) (Machine, error) {
-	return attachQEMU(ctx, reaper, s)
+// Attach takes up a machine that an earlier life of this program started; held
+// is QEMU's pidfd where somebody kept it. A machine that has ended meanwhile is
+// given back ended: Done is closed, or will be soon.
+func Attach(ctx context.Context, reaper *proc.Reaper, s State, held *os.File) (Machine, error) {
+	return attachQEMU(ctx, reaper, s, held)
 }

@@ -19,11 +19,15 @@ import (
 	"cloister.dev/internal/host/proc"
 )
 
+// Tag is what the guest mounts the file system by.
+const Tag = "cloister"
+
 // Config describes what serves a machine's files.
 type Config struct {
 	Program string // path of virtiofsd
 	Dir     string // private folder that exists, short enough for a socket in it
-	Cgroup  string // as in machine.Config
+	// Cgroups are folders of cgroups, as in machine.Config.
+	Cgroups []string
 	Cache   string // "auto" (one second), "always" or "never"; empty: auto
 	// ExtraArgs are added to virtiofsd's command line.
 	ExtraArgs []string
