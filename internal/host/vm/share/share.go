@@ -3,18 +3,23 @@
 // cannot be written by the guest whatever that does, that no device file works
 // through a share, and that Stop leaves no process and no mount.
 //
-// A FS is one folder that virtiofsd serves. Files of the host appear in it as
-// bind mounts, which may come and go while the machine runs:
+// A FS is one folder that virtiofsd serves from inside a mount namespace of its
+// own. Files of the host are mounted there and nowhere else: the host's mount
+// table does not grow, and what is left of a FS dies with virtiofsd, which ends
+// when the machine does.
 //
-//	DIR/fs                     a mount of its own, shared with virtiofsd's namespace
-//	DIR/fs/CONTAINER/rootfs    whatever Add put there
-//	DIR/virtiofsd.sock         where the machine connects
+//	DIR/fs                 the folder, with empty mount points as others see it
+//	DIR/virtiofsd.sock     where the machine connects
+//	DIR/virtiofsd.log      what virtiofsd complains about
+//
+// Mounts are attached as what they shall be, read-only for one, so there is no
+// moment in which they are something else.
 //
 // It knows nothing of pods or containers; names are opaque to it.
 package share
 
 import (
-	"context"
+	"path/filepath"
 
 	"cloister.dev/internal/host/proc"
 )
@@ -33,11 +38,12 @@ type Config struct {
 	ExtraArgs []string
 }
 
-// State finds a FS again. It is stored as JSON.
+// State finds a FS again. It is stored as JSON. Whoever was killed before he
+// could store it attaches by Dir alone, which is enough for Stop.
 type State struct {
 	Dir   string `json:"dir"`
-	Pid   int    `json:"pid"`
-	Start uint64 `json:"start"`
+	Pid   int    `json:"pid,omitempty"`
+	Start uint64 `json:"start,omitempty"`
 }
 
 // Options of one shared thing.
@@ -49,37 +55,16 @@ type Options struct {
 
 // FS is a folder that a machine sees. Its methods may be called concurrently.
 type FS struct {
-	state State
-	done  chan struct{}
-	exit  proc.Exit
+	reaper *proc.Reaper
+	state  State
+	done   chan struct{}
 }
-
-// Start makes the folder and runs virtiofsd on it; it returns when the socket
-// takes connections. On error nothing is left.
-func Start(ctx context.Context, reaper *proc.Reaper, c Config) (*FS, error) {
-	return start(ctx, reaper, c)
-}
-
-// Attach takes up a FS that an earlier life of this program started.
-func Attach(reaper *proc.Reaper, s State) *FS { return attach(reaper, s) }
 
 // State is what has to be on disk for Attach.
 func (f *FS) State() State { return f.state }
 
 // Socket is where the machine connects.
-func (f *FS) Socket() string { return socketIn(f.state.Dir) }
+func (f *FS) Socket() string { return filepath.Join(f.state.Dir, socketFile) }
 
 // Done is closed when virtiofsd has ended; the guest's file systems hang then.
 func (f *FS) Done() <-chan struct{} { return f.done }
-
-// Add shares source, a folder or a file, under name, a relative path. The
-// guest sees it at that path in the share. A name that is there already is
-// errdefs.ErrAlreadyExists.
-func (f *FS) Add(name, source string, o Options) error { return f.add(name, source, o) }
-
-// Remove takes a name, and all names beneath it, out of the share. An absent
-// name is success.
-func (f *FS) Remove(name string) error { return f.remove(name) }
-
-// Stop ends virtiofsd and unmounts everything. It may be repeated.
-func (f *FS) Stop(ctx context.Context) error { return f.stop(ctx) }

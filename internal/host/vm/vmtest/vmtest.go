@@ -225,3 +225,15 @@ func (s *Session) Must(command string, args ...string) string {
 
 // Conn is the raw connection of the control port.
 func (s *Session) Conn() (net.Conn, error) { return net.FileConn(s.conn) }
+
+// Virtiofsd finds the program, or skips the test.
+func Virtiofsd(t testing.TB) string {
+	t.Helper()
+	for _, path := range [...]string{"/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd"} {
+		if _, err := os.Stat(path); err == nil {
+			return path
+		}
+	}
+	t.Skip("virtiofsd is not installed: test/setup vm")
+	return ""
+}
