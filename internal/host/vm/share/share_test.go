@@ -86,7 +86,7 @@ func TestShare(t *testing.T) {
 	if err := f.Add("rw", src, share.Options{}); err != nil {
 		t.Error("share a removed name again:", err)
 	}
-	again := share.Attach(r, f.State(), nil)
+	again := share.Attach(r, f.State())
 	if err := again.Remove("ro"); err != nil {
 		t.Error(err)
 	}
@@ -181,7 +181,7 @@ func TestBadInput(t *testing.T) {
 		t.Errorf("an absent source: %v", err)
 	}
 	// As after a crash that left nothing but the folder.
-	if err := share.Attach(r, share.State{Dir: dir}, nil).Stop(t.Context()); err != nil {
+	if err := share.Attach(r, share.State{Dir: dir}).Stop(t.Context()); err != nil {
 		t.Error(err)
 	}
 	select {

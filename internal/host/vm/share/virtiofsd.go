@@ -73,15 +73,14 @@ func Start(ctx context.Context, reaper *proc.Reaper, c Config) (_ *FS, err error
 
 func (f *FS) exited(proc.Exit) { close(f.done) }
 
-// Attach takes up a FS that an earlier life of this program started; held is
-// virtiofsd's pidfd where somebody kept it.
-func Attach(reaper *proc.Reaper, s State, held *os.File) *FS {
+// Attach takes up a FS that an earlier life of this program started.
+func Attach(reaper *proc.Reaper, s State) *FS {
 	f := &FS{reaper: reaper, state: s, done: make(chan struct{})}
 	if s.Pid == 0 {
 		return f
 	}
-	if pidfd := reaper.Resume(s.Pid, s.Start, held, f.exited); pidfd != nil && held == nil {
-		pidfd.Close()
+	if pidfd := reaper.Resume(s.Pid, s.Start, nil, f.exited); pidfd != nil {
+		pidfd.Close() // the watcher has its own
 	}
 	return f
 }
