@@ -3,6 +3,7 @@ package config
 import (
 	"fmt"
 	"maps"
+	"math"
 	"reflect"
 	"slices"
 )
@@ -90,6 +91,29 @@ func set(target, value any) bool {
 		v, ok := value.(bool)
 		*t = v
 		return ok
+	case *uint32:
+		v, ok := value.(int64)
+		*t = uint32(v)
+		return ok && v >= 0 && v <= math.MaxUint32
+	case *[]string:
+		return setStrings(t, value)
 	}
 	return false
+}
+
+func setStrings(to *[]string, value any) bool {
+	list, ok := value.([]any)
+	if !ok {
+		return false
+	}
+	var all []string
+	for _, e := range list {
+		s, ok := e.(string)
+		if !ok {
+			return false
+		}
+		all = append(all, s)
+	}
+	*to = all
+	return true
 }

@@ -147,10 +147,15 @@ func (j *judge) handler(at string, h Handler) {
 			j.require(err == nil, at, "has the bad annotation pattern %q", g)
 		}
 	}
-	if !h.IsRunc() {
+	var err error
+	switch {
+	case h.IsMachine():
+		err = h.checkMachine()
+	case h.IsRunc():
+		_, err = h.RuncOptions()
+	default:
 		return // any table may go to another shim as its configuration
 	}
-	_, err := h.RuncOptions()
 	var bad *optionError
 	if errors.As(err, &bad) {
 		j.faults = append(j.faults, j.l.fault(at+".options."+bad.name, bad.msg))

@@ -14,6 +14,7 @@ import (
 	"sync"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	hostv1 "cloister.dev/api/host/v1"
 )
@@ -38,13 +39,29 @@ type Runtime struct {
 	NoHostDevices  bool // privileged_without_host_devices
 	AllDevices     bool // …_all_devices_allowed
 	CgroupWritable bool
+	Machine        *hostv1.MachineOptions // how virtual machines are made
 }
 
-// containerType is the runtime_type that the resident container backend serves.
-const containerType = "io.containerd.runc.v2"
+// Types that resident shims serve.
+const (
+	containerType = "io.containerd.runc.v2"
+	machineType   = "io.containerd.cloister-vm.v2"
+)
 
 func (r Runtime) resident() bool {
-	return r.Type == containerType && r.Path == "" && !r.ForceExternal
+	return (r.Type == containerType || r.Type == machineType) && r.Path == "" && !r.ForceExternal
+}
+
+// Machine tells whether each sandbox is a virtual machine of our own.
+func (h *Handler) Machine() bool { return h.Runtime.Type == machineType && h.Runtime.resident() }
+
+// home is the resident shim of the handler's sandboxes; for external shims it
+// is the one that keeps their streams.
+func (h *Handler) home() *resident {
+	if h.Machine() {
+		return h.client.machine
+	}
+	return h.client.container
 }
 
 // Trace is what of a runtime is needed to end what runs on it.
@@ -93,6 +110,7 @@ type Options struct {
 type Client struct {
 	o         Options
 	container *resident
+	machine   *resident
 	handlers  map[string]*Handler
 	log       *slog.Logger
 
@@ -118,7 +136,8 @@ type Handler struct {
 // shims are not touched by Close.
 func New(o Options) (*Client, error) {
 	c := &Client{o: o, log: o.Log, handlers: map[string]*Handler{}, externals: map[string]*external{}}
-	c.container = newResident(filepath.Join(o.State, "container"), o.Binary, o.LogLevel, o.Log)
+	c.container = newResident(filepath.Join(o.State, "container"), "container", o)
+	c.machine = newResident(filepath.Join(o.State, "vm"), "vm", o)
 	ctx, cancel := context.WithCancel(context.Background())
 	c.cancel = cancel
 	for name, r := range o.Runtimes {
@@ -144,6 +163,7 @@ func (c *Client) Close() {
 	c.cancel()
 	c.probes.Wait()
 	c.container.close()
+	c.machine.close()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.externals {
@@ -280,10 +300,14 @@ func (h *Handler) probe(ctx context.Context) {
 
 // probeRuntime lets the resident shim try an OCI runtime.
 func (h *Handler) probeRuntime(ctx context.Context, binary string) Features {
+	extra, err := h.Runtime.extra()
+	if err != nil {
+		return Features{Reason: err.Error()}
+	}
 	var resp *hostv1.ProbeResponse
-	err := h.client.container.call(ctx, true, func(ctx context.Context, c *conn) (err error) {
+	err = h.home().call(ctx, true, func(ctx context.Context, c *conn) (err error) {
 		resp, err = c.host.Probe(ctx, &hostv1.ProbeRequest{
-			Binary: binary, Root: h.Runtime.Root, SystemdCgroup: h.Runtime.SystemdCgroup})
+			Binary: binary, Root: h.Runtime.Root, SystemdCgroup: h.Runtime.SystemdCgroup, Extra: extra})
 		return err
 	})
 	if err != nil {
@@ -291,6 +315,14 @@ func (h *Handler) probeRuntime(ctx context.Context, binary string) Features {
 	}
 	return Features{Works: resp.Works, Reason: resp.Reason, Path: resp.Path, Version: resp.Version, OCIVersion: resp.OciVersion,
 		RecursiveReadOnly: resp.RecursiveReadOnly, UserNamespaces: resp.UserNamespaces, IDMappedMounts: resp.IdmappedMounts, Millis: resp.Millis}
+}
+
+// extra are the options that the resident shim's backend alone understands.
+func (r Runtime) extra() (*anypb.Any, error) {
+	if r.Machine == nil {
+		return nil, nil
+	}
+	return anypb.New(r.Machine)
 }
 
 // probeExternal looks for the shim's program and tries the OCI runtime behind

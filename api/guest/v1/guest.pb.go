@@ -355,9 +355,8 @@ type LaunchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Task          string                 `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
 	Config        []byte                 `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"` // config.json
-	Rootfs        string                 `protobuf:"bytes,3,opt,name=rootfs,proto3" json:"rootfs,omitempty"` // path in the share
-	Run           bool                   `protobuf:"varint,4,opt,name=run,proto3" json:"run,omitempty"`
-	Streams       *Streams               `protobuf:"bytes,5,opt,name=streams,proto3" json:"streams,omitempty"`
+	Run           bool                   `protobuf:"varint,3,opt,name=run,proto3" json:"run,omitempty"`
+	Streams       *Streams               `protobuf:"bytes,4,opt,name=streams,proto3" json:"streams,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -404,13 +403,6 @@ func (x *LaunchRequest) GetConfig() []byte {
 		return x.Config
 	}
 	return nil
-}
-
-func (x *LaunchRequest) GetRootfs() string {
-	if x != nil {
-		return x.Rootfs
-	}
-	return ""
 }
 
 func (x *LaunchRequest) GetRun() bool {
@@ -1255,13 +1247,12 @@ const file_guest_v1_guest_proto_rawDesc = "" +
 	"\x05stdin\x18\x01 \x01(\tR\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x03 \x01(\tR\x06stderr\x12\x1a\n" +
-	"\bterminal\x18\x04 \x01(\tR\bterminal\"\x9b\x01\n" +
+	"\bterminal\x18\x04 \x01(\tR\bterminal\"\x83\x01\n" +
 	"\rLaunchRequest\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\x12\x16\n" +
-	"\x06config\x18\x02 \x01(\fR\x06config\x12\x16\n" +
-	"\x06rootfs\x18\x03 \x01(\tR\x06rootfs\x12\x10\n" +
-	"\x03run\x18\x04 \x01(\bR\x03run\x124\n" +
-	"\astreams\x18\x05 \x01(\v2\x1a.cloister.guest.v1.StreamsR\astreams\"\"\n" +
+	"\x06config\x18\x02 \x01(\fR\x06config\x12\x10\n" +
+	"\x03run\x18\x03 \x01(\bR\x03run\x124\n" +
+	"\astreams\x18\x04 \x01(\v2\x1a.cloister.guest.v1.StreamsR\astreams\"\"\n" +
 	"\x0eLaunchResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\"\x85\x01\n" +
 	"\vExecRequest\x12\x12\n" +

@@ -1,0 +1,87 @@
+package config
+
+import (
+	"fmt"
+	"path/filepath"
+	"slices"
+)
+
+// MachineType is the runtime_type of handlers whose pods are virtual machines
+// of Cloister's own.
+const MachineType = "io.containerd.cloister-vm.v2"
+
+// IsMachine tells whether the handler's pods are such virtual machines.
+func (h Handler) IsMachine() bool { return h.RuntimeType == MachineType && h.RuntimePath == "" }
+
+// MachineOptions are the options of a handler whose pods are virtual machines,
+// under the names of Kata's configuration-qemu.toml where they mean the same.
+type MachineOptions struct {
+	// Path is QEMU's program. Empty: looked up in PATH.
+	Path string
+	// Guests is the folder of guests, by default "guests" beneath the daemon's root.
+	Guests string
+	// Guest is the name of a guest that "cloister guest build" made.
+	Guest string
+	// Kernel and Initrd are used instead of a built guest.
+	Kernel, Initrd string
+	KernelParams   string
+	// MachineType is "microvm" (the default) or "q35".
+	MachineType string
+	// Accel is "kvm" (the default), "tcg", or "auto": KVM where it works.
+	Accel                           string
+	DefaultVCPUs, DefaultMaxVCPUs   uint32
+	DefaultMemory, DefaultMaxMemory uint32 // MiB
+	// OverheadMemory is what QEMU and virtiofsd use of the pod's cgroup, in MiB.
+	OverheadMemory uint32
+	// SharedFS is "virtio-fs".
+	SharedFS          string
+	VirtioFSDaemon    string
+	VirtioFSCache     string
+	VirtioFSExtraArgs []string
+	EnableAnnotations []string
+	// BootTimeout is how many seconds a guest may take to answer.
+	BootTimeout uint32
+}
+
+// MachineOptions gives the options types.
+func (h Handler) MachineOptions() (MachineOptions, error) {
+	var o MachineOptions
+	err := assign(h.Options, map[string]any{
+		"path": &o.Path, "guests": &o.Guests, "guest": &o.Guest, "kernel": &o.Kernel, "initrd": &o.Initrd, "kernel_params": &o.KernelParams,
+		"machine_type": &o.MachineType, "accel": &o.Accel, "default_vcpus": &o.DefaultVCPUs, "default_maxvcpus": &o.DefaultMaxVCPUs,
+		"default_memory": &o.DefaultMemory, "default_maxmemory": &o.DefaultMaxMemory, "overhead_memory": &o.OverheadMemory,
+		"shared_fs": &o.SharedFS, "virtio_fs_daemon": &o.VirtioFSDaemon, "virtio_fs_cache": &o.VirtioFSCache,
+		"virtio_fs_extra_args": &o.VirtioFSExtraArgs, "enable_annotations": &o.EnableAnnotations, "boot_timeout": &o.BootTimeout,
+	})
+	return o, err
+}
+
+// checkMachine judges the options' values.
+func (h Handler) checkMachine() error {
+	o, err := h.MachineOptions()
+	if err != nil {
+		return err
+	}
+	for _, c := range []struct {
+		name, value string
+		allowed     []string
+	}{
+		{"machine_type", o.MachineType, []string{"", "microvm", "q35"}},
+		{"accel", o.Accel, []string{"", "kvm", "tcg", "auto"}},
+		{"shared_fs", o.SharedFS, []string{"", "virtio-fs"}},
+		{"virtio_fs_cache", o.VirtioFSCache, []string{"", "auto", "always", "never"}},
+	} {
+		if !slices.Contains(c.allowed, c.value) {
+			return &optionError{c.name, fmt.Sprintf("the option %s is %q; allowed are %q", c.name, c.value, c.allowed[1:])}
+		}
+	}
+	for name, path := range map[string]string{"guests": o.Guests, "kernel": o.Kernel, "initrd": o.Initrd} {
+		if path != "" && !filepath.IsAbs(path) {
+			return &optionError{name, fmt.Sprintf("the option %s is %q; it has to be absolute", name, path)}
+		}
+	}
+	if (o.Kernel == "") != (o.Initrd == "") {
+		return &optionError{"kernel", "the options kernel and initrd go together"}
+	}
+	return nil
+}
