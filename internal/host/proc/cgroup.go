@@ -6,10 +6,11 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"cloister.dev/internal/osutil"
 )
 
 // fork starts c inside its cgroups. A child begins where the thread is that
@@ -24,13 +25,11 @@ func fork(c Command, attr *syscall.ProcAttr) (pid int, err error) {
 		sys = *attr.Sys
 	}
 	attr.Sys = &sys
-	done := make(chan struct{})
-	onThrowawayThread(func() {
-		defer close(done)
+	err = osutil.OnThread(func() (err error) {
 		for _, dir := range c.Cgroups {
 			var unified *os.File
 			if unified, err = enter(dir); err != nil {
-				return
+				return err
 			}
 			if unified != nil {
 				defer unified.Close()
@@ -38,8 +37,8 @@ func fork(c Command, attr *syscall.ProcAttr) (pid int, err error) {
 			}
 		}
 		pid, err = syscall.ForkExec(c.Path, c.Args, attr)
+		return err
 	})
-	<-done
 	return pid, err
 }
 
@@ -60,24 +59,4 @@ func enter(dir string) (unified *os.File, err error) {
 		return nil, fmt.Errorf("enter a cgroup: %w", err)
 	}
 	return nil, nil
-}
-
-// onThrowawayThread runs f on a thread that ends with it. The main thread
-// cannot end, so f never runs there.
-func onThrowawayThread(f func()) {
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() != unix.Getpid() {
-			f()
-			return
-		}
-		elsewhere := make(chan struct{})
-		go func() {
-			runtime.LockOSThread()
-			close(elsewhere)
-			f()
-		}()
-		<-elsewhere // only now the main thread may take other work
-		runtime.UnlockOSThread()
-	}()
 }

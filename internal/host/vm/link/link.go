@@ -70,10 +70,3 @@ func (a *Attached) Close() {
 		t.File.Close()
 	}
 }
-
-// Attach makes a tap for every interface of the namespace pinned at path, the
-// loopback one aside. A second Attach, after a machine has gone, works too.
-func Attach(path string) (*Attached, error) { return attach(path) }
-
-// Inspect collects what a guest is told, and changes nothing.
-func Inspect(path string) (Network, error) { return inspect(path) }

@@ -6,12 +6,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strconv"
 	"time"
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"cloister.dev/internal/osutil"
 )
 
 // Add shares source, a folder or a file, under name, a relative path. The
@@ -143,19 +144,15 @@ func (f *FS) inside(do func() error) error {
 		return err
 	}
 	defer ns.Close()
-	done := make(chan error, 1)
-	offMainThread(func() {
+	return osutil.OnThread(func() error {
 		if err := unix.Unshare(unix.CLONE_FS); err != nil {
-			done <- fmt.Errorf("leave the process's folder: %w", err)
-			return
+			return fmt.Errorf("leave the process's folder: %w", err)
 		}
 		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS); err != nil {
-			done <- fmt.Errorf("enter virtiofsd's mount namespace: %w", err)
-			return
+			return fmt.Errorf("enter virtiofsd's mount namespace: %w", err)
 		}
-		done <- do()
+		return do()
 	})
-	return <-done
 }
 
 // namespace waits until virtiofsd has its own mount namespace with the shared
@@ -203,24 +200,4 @@ func (f *FS) settled() bool {
 		return false
 	}
 	return root.Dev == shared.Dev && root.Ino == shared.Ino
-}
-
-// offMainThread runs f on a thread that ends with it and is not the main one,
-// which cannot end.
-func offMainThread(f func()) {
-	go func() {
-		runtime.LockOSThread()
-		if unix.Gettid() != unix.Getpid() {
-			f()
-			return
-		}
-		elsewhere := make(chan struct{})
-		go func() {
-			runtime.LockOSThread()
-			close(elsewhere)
-			f()
-		}()
-		<-elsewhere // only now the main thread may take other work
-		runtime.UnlockOSThread()
-	}()
 }
