@@ -125,6 +125,9 @@ var errEnded = fmt.Errorf("the virtual machine has ended: %w", errdefs.ErrUnavai
 // repeats is how often a call is tried whose connection broke.
 const repeats = 5
 
+// redialTime is between a connection that broke and the next one.
+const redialTime = 50 * time.Millisecond
+
 // call calls the guest. A connection that breaks while the machine lives is
 // made again and the call repeated: the guest knows each of them by its task.
 func (s *sandbox) call(ctx context.Context, f func(context.Context, guestv1.GuestService) error) error {
@@ -134,13 +137,11 @@ func (s *sandbox) call(ctx context.Context, f func(context.Context, guestv1.Gues
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	over := make(chan struct{})
-	defer close(over)
 	go func() {
 		select {
 		case <-m.Done():
 			cancel() // nobody will answer
-		case <-over:
+		case <-ctx.Done():
 		}
 	}()
 	var err error
@@ -157,14 +158,17 @@ func (s *sandbox) call(ctx context.Context, f func(context.Context, guestv1.Gues
 		if _, answered := status.FromError(err); answered {
 			return errgrpc.ToNative(err)
 		}
-		if ctx.Err() != nil || !broken(err) {
+		if ctx.Err() != nil || !broken(err) && !errdefs.IsUnavailable(err) {
 			return err
 		}
-		s.backend.log.Warn("connection to a guest broke", "sandbox", s.id, "err", err)
 		select {
+		case <-m.Done():
+			return errEnded
 		case <-ctx.Done():
-		case <-time.After(10 * time.Millisecond):
+			return err
+		case <-time.After(redialTime): // when QEMU dies, that is known a little later
 		}
+		s.backend.log.Warn("connection to a guest broke", "sandbox", s.id, "err", err)
 	}
 	return fmt.Errorf("call the guest: %w: %w", err, errdefs.ErrUnavailable)
 }

@@ -146,14 +146,6 @@ func (s *sandbox) awaitMachine(exited func(proc.Exit)) {
 	exit.Reason = e.Reason
 	s.backend.log.Info("machine ended", "sandbox", s.id, "status", exit.Status, "reason", e.Reason)
 	exited(exit)
-	// Without its machine the file server serves nobody.
-	if fs := s.files(); fs != nil {
-		ctx, cancel := context.WithTimeout(context.Background(), stopTime)
-		defer cancel()
-		if err := fs.Stop(ctx); err != nil {
-			s.backend.log.Warn("file server of an ended machine not stopped", "sandbox", s.id, "err", err)
-		}
-	}
 }
 
 // stopTime bounds taking a machine down.
@@ -215,9 +207,7 @@ func (s *sandbox) takeDown(ctx context.Context) error {
 	}
 	errs = append(errs, files.Stop(ctx))
 	for _, dir := range rec.Cgroups {
-		if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("remove the machine's cgroup: %w", err))
-		}
+		errs = append(errs, removeCgroup(ctx, dir))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("take the machine of sandbox %s down: %w", s.id, err)

@@ -1,14 +1,18 @@
 package vm
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"math"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	hostv1 "cloister.dev/api/host/v1"
 	"cloister.dev/internal/host"
@@ -74,6 +78,30 @@ func cgroupDirs(path string) []string {
 		}
 	}
 	return dirs
+}
+
+// emptyTime bounds the wait for a cgroup to be empty: the kernel counts a
+// process for a moment after its end.
+const emptyTime = 2 * time.Second
+
+// removeCgroup removes a cgroup that we made. An absent one is success.
+func removeCgroup(ctx context.Context, dir string) error {
+	ctx, cancel := context.WithTimeout(ctx, emptyTime)
+	defer cancel()
+	for {
+		err := unix.Rmdir(dir)
+		if err == nil || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if !errors.Is(err, unix.EBUSY) || ctx.Err() != nil {
+			left, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs")) // for the message
+			return fmt.Errorf("remove the machine's cgroup %s (processes %q): %w", dir, strings.Fields(string(left)), err)
+		}
+		select {
+		case <-time.After(5 * time.Millisecond): // there is no event for it
+		case <-ctx.Done():
+		}
+	}
 }
 
 // cgroupLimit finds the smallest memory limit from the cgroups up to the root;
