@@ -19,6 +19,8 @@ import (
 	"strings"
 
 	"github.com/containerd/errdefs"
+
+	tiny "cloister.dev/internal/host/elf"
 )
 
 // runtimePath is where crun lies in the guest.
@@ -78,6 +80,11 @@ func assemble(ctx context.Context, o BuildOptions, src unpacked) (m Manifest, ke
 		return m, nil, nil, fmt.Errorf("kernel %s: %w", src.kernel, err)
 	}
 	t := skeleton()
+	bare, err := tiny.Say(BareMark + "\n")
+	if err != nil {
+		return m, nil, nil, err
+	}
+	t.file(BarePath, 0o755, bare)
 	if m.Agent, err = addAgent(t, o.Agent); err != nil {
 		return m, nil, nil, err
 	}

@@ -42,6 +42,14 @@ type Manifest struct {
 // as JSON of Contents.
 const ContentsPath = "/etc/cloister/guest.json"
 
+// BarePath is a program in the initial file system that says BareMark on the
+// console and ends: with rdinit=BarePath a machine boots the guest's kernel and
+// nothing else, which proves and measures that much.
+const (
+	BarePath = "/bare"
+	BareMark = "cloister: the kernel is up"
+)
+
 // Contents is what the agent in the guest is told of its own file system.
 type Contents struct {
 	Kernel string `json:"kernel"`

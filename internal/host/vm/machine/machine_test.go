@@ -280,3 +280,37 @@ func TestCancelled(t *testing.T) {
 		t.Errorf("%v", err)
 	}
 }
+
+// TestBare measures what the guest's kernel needs alone.
+func TestBare(t *testing.T) {
+	for _, kind := range []string{machine.Microvm, machine.Q35} {
+		c := vmtest.Config(t, kind)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		took, err := machine.Bare(ctx, vmtest.Reaper(t), c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("%s: %v", kind, took)
+		if left, _ := os.ReadDir(c.Dir); len(left) > 0 {
+			t.Errorf("left behind: %v", left)
+		}
+	}
+}
+
+// TestProbeKVM: the probe answers within seconds, whatever this machine is.
+func TestProbeKVM(t *testing.T) {
+	c := vmtest.Config(t, machine.Microvm)
+	began := time.Now()
+	err := machine.ProbeKVM(t.Context(), vmtest.Reaper(t), c)
+	t.Logf("after %v: %v", time.Since(began), err)
+	if time.Since(began) > 10*time.Second {
+		t.Error("it took too long")
+	}
+	if _, serr := os.Stat("/dev/kvm"); serr != nil && err == nil {
+		t.Error("KVM works without its device")
+	}
+	if left, _ := os.ReadDir(c.Dir); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}

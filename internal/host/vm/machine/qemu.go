@@ -178,12 +178,12 @@ func attachQEMU(ctx context.Context, reaper *proc.Reaper, s State, held *os.File
 		return m, nil
 	}
 	if err := m.connect(ctx); err != nil {
-		if m.ended() {
+		if m.endsSoon(ctx) {
 			return m, nil
 		}
 		return nil, fmt.Errorf("machine %s: take up QEMU, process %d: %w", s.ID, m.state.Pid, err)
 	}
-	if err := m.look(ctx); err != nil && !m.ended() {
+	if err := m.look(ctx); err != nil && !m.endsSoon(ctx) {
 		m.Close()
 		return nil, fmt.Errorf("machine %s: %w", s.ID, err)
 	}
@@ -292,6 +292,22 @@ func (m *qemu) ended() bool {
 	default:
 		return false
 	}
+}
+
+// endTime is how long a process that serves no more may take to be gone.
+const endTime = 2 * time.Second
+
+// endsSoon tells whether QEMU has ended: its sockets close a little before.
+func (m *qemu) endsSoon(ctx context.Context) bool {
+	limit := time.NewTimer(endTime)
+	defer limit.Stop()
+	select {
+	case <-m.done:
+		return true
+	case <-limit.C:
+	case <-ctx.Done():
+	}
+	return m.ended()
 }
 
 func (m *qemu) State() State {
