@@ -126,7 +126,10 @@ func (f *FS) Remove(name string) error {
 	}
 	info, err := os.Lstat(path)
 	if err == nil && !info.IsDir() {
-		return os.Remove(path)
+		if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) { // Stop may be at it too
+			return err
+		}
+		return nil
 	}
 	return removeEmpty(path)
 }

@@ -215,11 +215,14 @@ func removeEmpty(path string) error {
 		if info, err := e.Info(); err == nil && info.Size() > 0 {
 			return fmt.Errorf("%s is no mount point of ours, and stays: %w", sub, errdefs.ErrFailedPrecondition)
 		}
-		if err := os.Remove(sub); err != nil {
+		if err := os.Remove(sub); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
-	return os.Remove(path)
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) { // Stop may be at it too
+		return err
+	}
+	return nil
 }
 
 // Complaint is the end of what virtiofsd wrote, for an error.
