@@ -23,11 +23,11 @@ import (
 	"cloister.dev/internal/host/vm/image"
 )
 
-// MachineParam is the kernel parameter that names the machine type.
-const MachineParam = "cloister.machine="
-
-// logParam is the kernel parameter that names the agent's log level.
-const logParam = "cloister.log="
+// Kernel parameters that the agent reads.
+const (
+	machineParam = "cloister.machine=" // the machine type
+	logParam     = "cloister.log="     // the agent's log level
+)
 
 // Init is the first process of a machine. It returns only by turning the
 // machine off.
@@ -54,7 +54,7 @@ func run(version string, log *slog.Logger, level *slog.LevelVar) error {
 	if err != nil {
 		return err
 	}
-	if err := loadModules(contents, parameter(MachineParam)); err != nil {
+	if err := loadModules(contents, parameter(machineParam)); err != nil {
 		return err
 	}
 	if err := leaveInitialRoot(); err != nil {

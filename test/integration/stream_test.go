@@ -90,8 +90,10 @@ func (o *output) wait(t *testing.T, text string) {
 	eventually(t, 15*time.Second, fmt.Sprintf("the stream says %q", text), func() bool { return strings.Contains(o.String(), text) })
 }
 
-func TestExecStreams(t *testing.T) {
-	c := runPod(t, shared(t)).sh("sleep 1000")
+func TestExecStreams(t *testing.T) { execStreams(t, runPod(t, shared(t))) }
+
+func execStreams(t *testing.T, p *pod) {
+	c := p.sh("sleep 1000")
 	for protocol := range executors {
 		t.Run(protocol, func(t *testing.T) {
 			var out, problems output
@@ -123,8 +125,10 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 	return &size
 }
 
-func TestExecTerminalIsResized(t *testing.T) {
-	c := runPod(t, shared(t)).sh("sleep 1000")
+func TestExecTerminalIsResized(t *testing.T) { execTerminalIsResized(t, runPod(t, shared(t))) }
+
+func execTerminalIsResized(t *testing.T, p *pod) {
+	c := p.sh("sleep 1000")
 	for protocol := range executors {
 		t.Run(protocol, func(t *testing.T) {
 			var out output
@@ -256,8 +260,10 @@ func TestAttachOfSeveralClients(t *testing.T) {
 	}
 }
 
-func TestStdinOnceEndsWithItsClient(t *testing.T) {
-	c := runPod(t, shared(t)).sh("cat; echo end; exit 8", func(c *cri.ContainerConfig) { c.Stdin, c.StdinOnce = true, true })
+func TestStdinOnceEndsWithItsClient(t *testing.T) { stdinOnceEndsWithItsClient(t, runPod(t, shared(t))) }
+
+func stdinOnceEndsWithItsClient(t *testing.T, p *pod) {
+	c := p.sh("cat; echo end; exit 8", func(c *cri.ContainerConfig) { c.Stdin, c.StdinOnce = true, true })
 	u := c.attachURL(&cri.AttachRequest{Stdin: true, Stdout: true, Stderr: true})
 	var out, problems output
 	if err := stream(t.Context(), "SPDY", u, remotecommand.StreamOptions{Stdin: strings.NewReader("hello\n"), Stdout: &out, Stderr: &problems}); err != nil {
@@ -271,8 +277,10 @@ func TestStdinOnceEndsWithItsClient(t *testing.T) {
 	}
 }
 
-func TestAttachToATerminal(t *testing.T) {
-	c := runPod(t, shared(t)).sh("while :; do read x; stty size; done", func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true })
+func TestAttachToATerminal(t *testing.T) { attachToATerminal(t, runPod(t, shared(t))) }
+
+func attachToATerminal(t *testing.T, p *pod) {
+	c := p.sh("while :; do read x; stty size; done", func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true })
 	var out output
 	in, keys := io.Pipe()
 	size := make(sizes, 1)
@@ -295,9 +303,10 @@ func TestAttachToATerminal(t *testing.T) {
 	}
 }
 
-func TestPortForward(t *testing.T) {
-	n := shared(t)
-	p := runPod(t, n)
+func TestPortForward(t *testing.T) { portForward(t, runPod(t, shared(t))) }
+
+func portForward(t *testing.T, p *pod) {
+	n := p.n
 	p.demo("-http", ":8080", "-n", "1").waitLog("serving")
 	r, err := n.Runtime.PortForward(t.Context(), &cri.PortForwardRequest{PodSandboxId: p.id, Port: []int32{8080}})
 	if err != nil {

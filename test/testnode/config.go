@@ -56,6 +56,16 @@ runtime_path = "{{$shim}}"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{{$name}}.options]
 BinaryName = "runc"
 {{end}}
+{{- if .Guests}}
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.vm]
+runtime_type = "io.containerd.cloister-vm.v2"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.vm.options]
+guests = "{{.Guests}}"
+accel = "auto"
+{{- range .GuestOptions}}
+{{.}}
+{{- end}}
+{{end}}
 [plugins."io.containerd.grpc.v1.cri"]
 stream_server_address = "127.0.0.1"
 stream_server_port = "0"
@@ -88,6 +98,16 @@ func (n *Node) configure() error {
 		}
 	}
 	handlers, def := n.opts.Handlers, n.opts.Default
+	if n.opts.Guests != "" && len(handlers) == 0 {
+		runc, err := exec.LookPath("runc")
+		if err != nil {
+			return fmt.Errorf("a default handler beside vm: %w", err)
+		}
+		handlers = map[string]string{"runc": runc}
+		if def == "" {
+			def = "runc"
+		}
+	}
 	if n.opts.Runtime == Containerd {
 		if len(handlers) == 0 {
 			runc, err := exec.LookPath("runc")
@@ -102,12 +122,13 @@ func (n *Node) configure() error {
 	}
 	var buf bytes.Buffer
 	err = configuration.Execute(&buf, struct {
-		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Subnet string
-		Handlers, Shims                                                               map[string]string
+		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Subnet, Guests string
+		Handlers, Shims                                                                       map[string]string
+		GuestOptions                                                                          []string
 		Cloister                                                                      bool
 	}{
-		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, subnet,
-		handlers, n.opts.Shims, n.opts.Runtime == Cloister,
+		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, subnet, n.opts.Guests,
+		handlers, n.opts.Shims, n.opts.GuestOptions, n.opts.Runtime == Cloister,
 	})
 	if err != nil {
 		return err

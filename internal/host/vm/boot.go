@@ -14,7 +14,6 @@ import (
 
 	guestv1 "cloister.dev/api/guest/v1"
 	hostv1 "cloister.dev/api/host/v1"
-	"cloister.dev/internal/guest"
 	"cloister.dev/internal/host"
 	"cloister.dev/internal/host/proc"
 	"cloister.dev/internal/host/vm/image"
@@ -67,7 +66,7 @@ func (s *sandbox) boot(ctx context.Context, spec *host.SandboxSpec, o *hostv1.Ma
 	if c.Cgroups, err = s.prepare(spec, c.Dir, c.Accel); err != nil {
 		return err
 	}
-	program, err := findVirtiofsd(o.VirtioFsDaemon)
+	program, err := FindVirtiofsd(o.VirtioFsDaemon)
 	if err != nil {
 		return err
 	}
@@ -216,10 +215,7 @@ func (s *sandbox) explain(ctx context.Context, err error) error {
 func (b *Backend) machineConfig(ctx context.Context, spec *host.SandboxSpec, o *hostv1.MachineOptions) (machine.Config, error) {
 	c := machine.Config{ID: spec.ID, Type: o.MachineType}
 	var err error
-	if c.QEMU, err = findQEMU(o.Path); err != nil {
-		return c, err
-	}
-	if c.Accel, err = b.chooseAccel(ctx, c.QEMU, o); err != nil {
+	if c.QEMU, err = FindQEMU(o.Path); err != nil {
 		return c, err
 	}
 	if c.Kernel, c.Initrd = o.Kernel, o.Initrd; c.Kernel == "" {
@@ -234,7 +230,10 @@ func (b *Backend) machineConfig(ctx context.Context, spec *host.SandboxSpec, o *
 			return c, fmt.Errorf("the handler's %s: %w: %w", what, err, errdefs.ErrFailedPrecondition)
 		}
 	}
-	c.Params = append(strings.Fields(o.KernelParams), guest.MachineParam+o.MachineType)
+	if c.Accel, err = b.chooseAccel(ctx, c, o.Accel); err != nil {
+		return c, err
+	}
+	c.Params = strings.Fields(o.KernelParams)
 	if c.Accel == machine.TCG {
 		// An emulator that translates code finds what it has translated by its
 		// address: a program that lies elsewhere each time is translated each time.

@@ -2,8 +2,6 @@ package vm
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -87,9 +85,7 @@ func dial(ctx context.Context, m machine.Machine) (*control, error) {
 			}
 		}
 	}
-	var id [4]byte
-	_, _ = rand.Read(id[:]) // never fails
-	name := channel.ControlPrefix + hex.EncodeToString(id[:])
+	name := channel.ControlPrefix + unique()
 	ours, theirs, err := socketPair()
 	if err != nil {
 		return nil, err

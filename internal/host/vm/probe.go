@@ -19,39 +19,74 @@ import (
 	"cloister.dev/internal/host/vm/machine"
 )
 
-// probedAccel is what a probe of an accelerator found.
-type probedAccel struct {
-	works bool
-	why   string
+// probedKVM is what a probe of KVM found.
+type probedKVM struct {
+	done chan struct{} // closed when err is final
+	err  error         // nil: it boots guests
 }
 
-// chooseAccel decides on an accelerator: KVM where it boots a guest, TCG where
-// the configuration allows that.
-func (b *Backend) chooseAccel(ctx context.Context, qemu string, o *hostv1.MachineOptions) (string, error) {
-	switch o.Accel {
+// chooseAccel decides on an accelerator: KVM where it boots this guest, TCG
+// where the configuration allows that.
+func (b *Backend) chooseAccel(ctx context.Context, c machine.Config, accel string) (string, error) {
+	switch accel {
 	case machine.TCG:
 		return machine.TCG, nil
 	case machine.KVM, "auto":
 	default:
-		return "", fmt.Errorf("accel %q: want kvm, tcg or auto: %w", o.Accel, errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("accel %q: want kvm, tcg or auto: %w", accel, errdefs.ErrInvalidArgument)
 	}
-	b.mu.Lock()
-	p, known := b.accel[qemu]
-	b.mu.Unlock()
-	if !known {
-		p = b.probeKVM(ctx, qemu, o)
-		b.mu.Lock()
-		b.accel[qemu] = p
-		b.mu.Unlock()
-	}
+	err := b.kvm(ctx, c)
 	switch {
-	case p.works:
+	case err == nil:
 		return machine.KVM, nil
-	case o.Accel == "auto":
+	case ctx.Err() != nil:
+		return "", err
+	case accel == "auto":
 		return machine.TCG, nil
 	}
-	return "", fmt.Errorf("KVM does not work on this machine (%s): enable hardware virtualization, or allow emulation, which is slow, with accel = \"auto\": %w",
-		p.why, errdefs.ErrFailedPrecondition)
+	return "", fmt.Errorf("KVM boots no guest on this machine: %w; enable hardware virtualization, or allow emulation, which is slow, with accel = \"auto\": %w",
+		err, errdefs.ErrFailedPrecondition)
+}
+
+// kvm tells, from one probe for each QEMU, guest and machine type, why KVM does
+// not work.
+func (b *Backend) kvm(ctx context.Context, c machine.Config) error {
+	key := strings.Join([]string{c.QEMU, c.Kernel, c.Type}, "\x00")
+	b.mu.Lock()
+	p := b.probes[key]
+	if p == nil {
+		p = &probedKVM{done: make(chan struct{})}
+		b.probes[key] = p
+		b.workers.Go(func() {
+			p.err = b.probeKVM(c)
+			close(p.done)
+		})
+	}
+	b.mu.Unlock()
+	select {
+	case <-p.done:
+		return p.err
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the probe of KVM: %w", ctx.Err())
+	}
+}
+
+func (b *Backend) probeKVM(c machine.Config) error {
+	c.ID = probeName + "-kvm-" + unique()
+	c.Dir = b.shortDir(c.ID)
+	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
+		return fmt.Errorf("make the probe's folder: %w", err)
+	}
+	defer os.RemoveAll(c.Dir)
+	err := machine.ProbeKVM(b.ctx, b.reaper, c)
+	b.log.Info("KVM probed", "qemu", c.QEMU, "kernel", c.Kernel, "type", c.Type, "err", err)
+	return err
+}
+
+func unique() string {
+	var b [6]byte
+	_, _ = rand.Read(b[:]) // never fails
+	return hex.EncodeToString(b[:])
 }
 
 // probeName is that of the machine that a probe boots.
@@ -59,10 +94,9 @@ const probeName = "probe"
 
 // Probe is part of host.Backend: it boots a machine and asks its agent.
 func (b *Backend) Probe(ctx context.Context, r *hostv1.ProbeRequest) (*hostv1.ProbeResponse, error) {
+	machine.Warm()
 	began := time.Now()
-	var unique [6]byte
-	_, _ = rand.Read(unique[:]) // never fails
-	id := probeName + "-" + hex.EncodeToString(unique[:])
+	id := probeName + "-" + unique()
 	dir := filepath.Join(b.dir, "sandboxes", id)
 	spec := &host.SandboxSpec{ID: id, Dir: dir, Extra: r.GetExtra().GetValue(), Hostname: probeName}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -94,8 +128,4 @@ func (b *Backend) Probe(ctx context.Context, r *hostv1.ProbeRequest) (*hostv1.Pr
 		return nil, fmt.Errorf("end the probe's machine: %w", err)
 	}
 	return resp, nil
-}
-
-func (b *Backend) probeKVM(context.Context, string, *hostv1.MachineOptions) probedAccel {
-	return probedAccel{why: "not probed"}
 }

@@ -2,8 +2,6 @@ package vm
 
 import (
 	"context"
-	"crypto/rand"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"net"
@@ -48,9 +46,7 @@ func (b *Backend) Forward(ctx context.Context, id string, port uint16, socket st
 
 // dialGuest connects to a port in the machine.
 func (s *sandbox) dialGuest(ctx context.Context, port uint16) (stream *os.File, name string, err error) {
-	var unique [8]byte
-	_, _ = rand.Read(unique[:]) // never fails
-	name = hex.EncodeToString(unique[:]) + portForward
+	name = unique() + portForward
 	ours, theirs, err := socketPair()
 	if err != nil {
 		return nil, "", err

@@ -43,7 +43,7 @@ type Backend struct {
 
 	mu        sync.Mutex
 	sandboxes map[string]*sandbox
-	accel     map[string]probedAccel // by QEMU's path
+	probes    map[string]*probedKVM
 }
 
 var (
@@ -54,7 +54,7 @@ var (
 
 // New gives a backend whose files are under dir.
 func New(dir string, reaper *proc.Reaper, log *slog.Logger) *Backend {
-	b := &Backend{dir: dir, reaper: reaper, log: log, sandboxes: map[string]*sandbox{}, accel: map[string]probedAccel{}}
+	b := &Backend{dir: dir, reaper: reaper, log: log, sandboxes: map[string]*sandbox{}, probes: map[string]*probedKVM{}}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
 	return b
 }
