@@ -2,6 +2,7 @@ package config
 
 import (
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
 )
@@ -84,4 +85,23 @@ func (h Handler) checkMachine() error {
 		return &optionError{"kernel", "the options kernel and initrd go together"}
 	}
 	return nil
+}
+
+// MachineHandler gives the handler of virtual machines called name; "" is the
+// first one in the order of names, or an empty one when there is none.
+func (c *Config) MachineHandler(name string) (string, Handler, error) {
+	all := c.Runtime.Containerd.Runtimes
+	if name != "" {
+		h, ok := all[name]
+		if !ok || !h.IsMachine() {
+			return "", h, fmt.Errorf("the configuration has no handler %q of type %s", name, MachineType)
+		}
+		return name, h, nil
+	}
+	for _, n := range slices.Sorted(maps.Keys(all)) {
+		if all[n].IsMachine() {
+			return n, all[n], nil
+		}
+	}
+	return "", Handler{}, nil
 }

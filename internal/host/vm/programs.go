@@ -12,8 +12,8 @@ import (
 	"cloister.dev/internal/host/vm/machine"
 )
 
-// findQEMU finds QEMU's program for this architecture.
-func findQEMU(path string) (string, error) {
+// FindQEMU finds QEMU's program for this architecture.
+func FindQEMU(path string) (string, error) {
 	if path == "" {
 		path = "qemu-system-" + map[string]string{"amd64": "x86_64", "arm64": "aarch64"}[runtime.GOARCH]
 	}
@@ -27,7 +27,8 @@ func findQEMU(path string) (string, error) {
 // virtiofsdPlaces is where distributions put it; it is in nobody's PATH.
 var virtiofsdPlaces = [...]string{"/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd", "/usr/lib/virtiofsd", "virtiofsd"}
 
-func findVirtiofsd(path string) (string, error) {
+// FindVirtiofsd finds the program that serves files to machines.
+func FindVirtiofsd(path string) (string, error) {
 	places := virtiofsdPlaces[:]
 	if path != "" {
 		places = []string{path}

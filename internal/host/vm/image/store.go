@@ -97,13 +97,13 @@ func open(root, name string) (Guest, error) {
 
 func list(root string) ([]Guest, error) {
 	entries, err := os.ReadDir(root)
+	all := []Guest{}
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return all, nil
 	}
 	if err != nil {
 		return nil, fmt.Errorf("list guests: %w", err)
 	}
-	var all []Guest
 	var errs []error
 	for _, e := range entries {
 		if !e.IsDir() || strings.HasPrefix(e.Name(), ".") {
