@@ -3,6 +3,7 @@ package image
 import (
 	"bytes"
 	"debug/elf"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -104,6 +105,7 @@ func (m kernelModules) pick(p *picked, name string, required bool) error {
 	if err != nil {
 		return fmt.Errorf("read %s: %w", path, err)
 	}
+	data = unsigned(data)
 	direct, err := dependencies(data)
 	if err != nil {
 		return fmt.Errorf("read the dependencies of %s: %w", path, err)
@@ -139,6 +141,26 @@ func readModule(path string) ([]byte, error) {
 		return d.DecodeAll(b, nil)
 	}
 	return decompress(b)
+}
+
+// signatureMark ends a module that is signed; before it are twelve bytes with
+// the signature's length as the last four, and before those the signature.
+const signatureMark = "~Module signature appended~\n"
+
+// unsigned takes the signature off a module. Whoever can change a module in a
+// guest's file can change the kernel there too, so checking it protects nobody,
+// and it costs a machine that is emulated a good part of its start.
+func unsigned(module []byte) []byte {
+	const info = 12
+	body, ok := bytes.CutSuffix(module, []byte(signatureMark))
+	if !ok || len(body) < info {
+		return module
+	}
+	size := int64(binary.BigEndian.Uint32(body[len(body)-4:]))
+	if size > int64(len(body)-info) {
+		return module
+	}
+	return body[:int64(len(body)-info)-size]
 }
 
 // dependencies are what depmod would find: the names that the module itself
