@@ -28,11 +28,11 @@ build: ## bin/cloister and bin/cloister-shim
 	CGO_ENABLED=0 $(GO) build -tags no_grpc $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister-shim
 
 demo: ## a pod from an image to its removal, on a private daemon, with times
-	@test/setup oci go
+	@test/setup oci vm go
 	@$(GO) run ./test/demo
 
 test: ## everything that has to pass: unit, integration (as root), conformance
-	@test/setup oci cgo iptables
+	@test/setup oci vm cgo iptables
 	$(MAKE) build lint unit integration demo conformance
 
 unit: build
@@ -41,7 +41,7 @@ unit: build
 	cd test/registry && $(GO) vet ./... && $(GO) test -race ./...
 
 integration: build ## a real daemon, as root: bad input, restarts, streams, external shims
-	@test/setup oci
+	@test/setup oci vm
 	test/integration/run
 	test/external/run
 
@@ -59,11 +59,11 @@ $(TOOLS)/golangci-lint-$(GOLANGCI_LINT):
 	mv $(TOOLS)/golangci-lint $@
 
 bench: build ## one table: containerd v2.4.2 and Cloister in the same run
-	@test/setup oci cgo
+	@test/setup oci vm cgo
 	test/bench/run
 
 fault: build ## kill -9 of daemon and shim under load; leaks after 500 pods
-	@test/setup oci
+	@test/setup oci vm
 	test/fault/run
 
 e2e: build ## a Kubernetes control plane and kubelet on this daemon
