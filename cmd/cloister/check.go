@@ -16,6 +16,7 @@ import (
 
 func (a *app) checkCommand() *cobra.Command {
 	var file, handler string
+	var only []string
 	var verbose bool
 	var format *display.Format
 	cmd := &cobra.Command{
@@ -41,7 +42,7 @@ one as by default, with accel = "auto".`,
 			if err != nil {
 				return usage(err)
 			}
-			o.Log = slog.New(slog.DiscardHandler)
+			o.Only, o.Log = only, slog.New(slog.DiscardHandler)
 			if verbose {
 				o.Log = slog.New(slog.NewTextHandler(a.stderr, nil))
 			}
@@ -67,6 +68,7 @@ one as by default, with accel = "auto".`,
 	f := cmd.Flags()
 	f.StringVarP(&file, "config", "c", "", "configuration `file` (default "+config.DefaultPath+", if it is there)")
 	f.StringVar(&handler, "handler", "", "the `name` of a handler of virtual machines (default: the first one of the configuration)")
+	f.StringSliceVar(&only, "only", nil, "`name` of a check to do, with what it builds upon; may be repeated")
 	f.BoolVarP(&verbose, "verbose", "v", false, "show the log of what is tried")
 	return cmd
 }

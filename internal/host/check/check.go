@@ -15,9 +15,12 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/containerd/errdefs"
 
 	hostv1 "cloister.dev/api/host/v1"
 	"cloister.dev/internal/host/proc"
@@ -50,7 +53,10 @@ type Options struct {
 	Machine *hostv1.MachineOptions
 	// OCI are the runtimes to try, by name or path.
 	OCI []string
-	Log *slog.Logger
+	// Only are the names of the checks to do, with what they build upon; empty
+	// is all.
+	Only []string
+	Log  *slog.Logger
 }
 
 // limit bounds one check.
@@ -111,7 +117,11 @@ func Run(ctx context.Context, o Options, report func(Result)) (all []Result, err
 	defer reaping.Wait()
 	defer stop()
 	reaping.Go(func() { c.reaper.Run(rctx) })
-	for _, s := range c.steps() {
+	steps, err := chosen(c.steps(), o.Only)
+	if err != nil {
+		return nil, err
+	}
+	for _, s := range steps {
 		r := c.run(ctx, s)
 		if ctx.Err() != nil {
 			return all, ctx.Err()
@@ -140,6 +150,30 @@ func (c *checks) steps() []step {
 		step{"q35 tcg", []string{"qemu", "guest"}, func(ctx context.Context) (string, error) { return c.bare(ctx, "q35") }},
 		step{"pod machine", []string{"qemu", "virtiofsd", "guest"}, c.pod},
 	)
+}
+
+// chosen leaves what was asked for and what that needs.
+func chosen(all []step, only []string) ([]step, error) {
+	if len(only) == 0 {
+		return all, nil
+	}
+	wanted := map[string]bool{}
+	var names []string
+	for _, s := range all {
+		names = append(names, s.name)
+		if slices.Contains(only, s.name) {
+			wanted[s.name] = true
+			for _, n := range s.needs {
+				wanted[n] = true
+			}
+		}
+	}
+	for _, name := range only {
+		if !wanted[name] {
+			return nil, fmt.Errorf("there is no check %q; there are %q: %w", name, names, errdefs.ErrInvalidArgument)
+		}
+	}
+	return slices.DeleteFunc(all, func(s step) bool { return !wanted[s.name] }), nil
 }
 
 func (c *checks) run(ctx context.Context, s step) Result {

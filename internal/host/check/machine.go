@@ -122,8 +122,12 @@ func (c *checks) findGuest(context.Context) (string, error) {
 
 func (c *checks) config(kind string) (machine.Config, error) {
 	dir, err := os.MkdirTemp(c.dir, "m")
+	memory := int64(c.Machine.GetDefaultMemory())
+	if memory == 0 {
+		memory = vm.DefaultMemory
+	}
 	return machine.Config{ID: "check", QEMU: c.qemu, Type: kind, Accel: machine.TCG, Kernel: c.kernel, Initrd: c.initrd,
-		Size: machine.Size{CPUs: 1, Memory: 256 << 20}, Dir: dir}, err
+		Size: machine.Size{CPUs: max(1, c.Machine.GetDefaultVcpus()), Memory: memory << 20}, Dir: dir}, err
 }
 
 // kvm tells whether a guest boots with it; whether that is needed is the

@@ -14,9 +14,11 @@ import (
 	"cloister.dev/internal/host/vm/machine"
 )
 
+// DefaultMemory is what a machine gets that nobody gave a size, in MiB.
+const DefaultMemory = 512
+
 // What a handler gets that says nothing.
 const (
-	defaultMemory      = 512 // MiB
 	defaultCPUs        = 1
 	defaultBootSeconds = 60
 	defaultOverhead    = 96 // MiB
@@ -79,7 +81,7 @@ func fill(o *hostv1.MachineOptions) {
 	orString(&o.Accel, "kvm")
 	orString(&o.Guest, image.DefaultName)
 	orCount(&o.DefaultVcpus, defaultCPUs)
-	orCount(&o.DefaultMemory, defaultMemory)
+	orCount(&o.DefaultMemory, DefaultMemory)
 	orCount(&o.BootTimeout, defaultBootSeconds)
 	orCount(&o.OverheadMemory, defaultOverhead)
 }

@@ -73,7 +73,7 @@ func TestOptions(t *testing.T) {
 		check       func(*hostv1.MachineOptions) bool
 	}{
 		{"nothing said", &hostv1.MachineOptions{}, nil, nil, func(o *hostv1.MachineOptions) bool {
-			return o.MachineType == "microvm" && o.Accel == "kvm" && o.DefaultMemory == defaultMemory
+			return o.MachineType == "microvm" && o.Accel == "kvm" && o.DefaultMemory == DefaultMemory
 		}},
 		{"allowed", allowed, map[string]string{annotationPrefix + "default_memory": "777"}, nil,
 			func(o *hostv1.MachineOptions) bool { return o.DefaultMemory == 777 }},
@@ -107,7 +107,7 @@ func TestSize(t *testing.T) {
 	o := &hostv1.MachineOptions{}
 	fill(o)
 	size, err := sizeOf(&host.SandboxSpec{}, o)
-	if err != nil || size.CPUs != 1 || size.Memory != defaultMemory*mib {
+	if err != nil || size.CPUs != 1 || size.Memory != DefaultMemory*mib {
 		t.Errorf("default size is %+v, %v", size, err)
 	}
 	size, err = sizeOf(&host.SandboxSpec{CPUQuota: 150000, CPUPeriod: 100000, MemoryLimit: 300 * mib}, o)
