@@ -45,6 +45,9 @@ type Result struct {
 	Remedy   string        `json:"remedy,omitempty"` // what to do about it
 	Took     time.Duration `json:"-"`
 	Millis   int64         `json:"millis"`
+	// BootMillis is what the kernel needed from the start of QEMU to its first
+	// program, where a check boots one.
+	BootMillis int64 `json:"bootMillis,omitempty"`
 }
 
 // Options say what to check.
@@ -89,6 +92,7 @@ type checks struct {
 
 	qemu, virtiofsd string
 	kernel, initrd  string
+	boot            time.Duration // of the check that runs
 }
 
 // step is one check. It gives its evidence, whatever the error.
@@ -187,8 +191,9 @@ func (c *checks) run(ctx context.Context, s step) Result {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	began := time.Now()
+	c.boot = 0
 	evidence, err := s.do(ctx)
-	r.Took = time.Since(began)
+	r.Took, r.BootMillis = time.Since(began), c.boot.Milliseconds()
 	r.Millis, r.Status, r.Evidence = r.Took.Milliseconds(), OK, evidence
 	var known *remedied
 	if errors.As(err, &known) {

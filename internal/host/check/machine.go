@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"time"
 
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -140,11 +139,10 @@ func (c *checks) kvm(ctx context.Context) (string, error) {
 	if _, err := os.Stat("/dev/kvm"); err != nil {
 		return "", c.withoutKVM(err, "enable virtualization in the firmware, or nested virtualization where this machine is virtual itself, and load kvm_intel or kvm_amd")
 	}
-	began := time.Now()
-	if err := machine.ProbeKVM(ctx, c.reaper, cfg); err != nil {
+	if c.boot, err = machine.ProbeKVM(ctx, c.reaper, cfg); err != nil {
 		return "/dev/kvm is there, and no guest comes up with it", c.withoutKVM(err, "this host's KVM cannot run an ordinary kernel")
 	}
-	return fmt.Sprintf("booted a kernel in %d ms", time.Since(began).Milliseconds()), nil
+	return fmt.Sprintf("booted a kernel in %d ms", c.boot.Milliseconds()), nil
 }
 
 // withoutKVM is a failure only where the configuration insists on it.
@@ -161,9 +159,9 @@ func (c *checks) bare(ctx context.Context, kind string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	took, err := machine.Bare(ctx, c.reaper, cfg)
+	c.boot, err = machine.Bare(ctx, c.reaper, cfg)
 	if err == nil {
-		return fmt.Sprintf("booted a kernel in %d ms", took.Milliseconds()), nil
+		return fmt.Sprintf("booted a kernel in %d ms", c.boot.Milliseconds()), nil
 	}
 	const what = "see the console above; another QEMU or another guest kernel may do"
 	if kind != c.machineType() {

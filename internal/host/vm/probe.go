@@ -78,7 +78,7 @@ func (b *Backend) probeKVM(c machine.Config) error {
 		return fmt.Errorf("make the probe's folder: %w", err)
 	}
 	defer os.RemoveAll(c.Dir)
-	err := machine.ProbeKVM(b.ctx, b.reaper, c)
+	_, err := machine.ProbeKVM(b.ctx, b.reaper, c)
 	b.log.Info("KVM probed", "qemu", c.QEMU, "kernel", c.Kernel, "type", c.Type, "err", err)
 	return err
 }

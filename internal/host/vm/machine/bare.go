@@ -70,15 +70,16 @@ func tail(console []byte) string {
 const kvmTime = 5 * time.Second
 
 // ProbeKVM boots the guest of c with KVM, whatever c says of accelerator and
-// size. nil means that its kernel has really come up. That a device file is
+// size, and tells how long that took. No error means that its kernel has
+// really come up. That a device file is
 // there, or that it makes a machine, proves nothing: some hosts offer a KVM
 // that no ordinary kernel runs on.
-func ProbeKVM(ctx context.Context, reaper *proc.Reaper, c Config) error {
+func ProbeKVM(ctx context.Context, reaper *proc.Reaper, c Config) (took time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(ctx, kvmTime)
 	defer cancel()
 	c.Accel, c.Size, c.MaxSize = KVM, Size{CPUs: 1, Memory: 256 << 20}, Size{}
-	if _, err := Bare(ctx, reaper, c); err != nil {
-		return fmt.Errorf("boot a guest with KVM: %w", err)
+	if took, err = Bare(ctx, reaper, c); err != nil {
+		return 0, fmt.Errorf("boot a guest with KVM: %w", err)
 	}
-	return nil
+	return took, nil
 }

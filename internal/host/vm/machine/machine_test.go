@@ -302,7 +302,7 @@ func TestBare(t *testing.T) {
 func TestProbeKVM(t *testing.T) {
 	c := vmtest.Config(t, machine.Microvm)
 	began := time.Now()
-	err := machine.ProbeKVM(t.Context(), vmtest.Reaper(t), c)
+	_, err := machine.ProbeKVM(t.Context(), vmtest.Reaper(t), c)
 	t.Logf("after %v: %v", time.Since(began), err)
 	if time.Since(began) > 10*time.Second {
 		t.Error("it took too long")
