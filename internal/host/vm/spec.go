@@ -104,7 +104,7 @@ func (s *sandbox) adaptLinux(t *host.TaskSpec, spec *specs.Spec) error {
 	var kept []specs.LinuxNamespace
 	for _, n := range l.Namespaces {
 		switch {
-		case n.Type == specs.PIDNamespace && n.Path == "", n.Type == specs.MountNamespace, n.Type == specs.CgroupNamespace && n.Path == "":
+		case n.Type == specs.PIDNamespace && n.Path == "", n.Type == specs.MountNamespace:
 			n.Path = ""
 		case n.Type == specs.PIDNamespace && t.TargetTask != "":
 			n.Path = guest.TaskPIDNamespace(t.TargetTask)
@@ -117,7 +117,9 @@ func (s *sandbox) adaptLinux(t *host.TaskSpec, spec *specs.Spec) error {
 		}
 		kept = append(kept, n)
 	}
-	l.Namespaces = kept
+	// Guests have cgroup v2, where a container sees its own cgroup alone,
+	// whatever the node has.
+	l.Namespaces = append(kept, specs.LinuxNamespace{Type: specs.CgroupNamespace})
 	l.Devices = slices.DeleteFunc(l.Devices, func(d specs.LinuxDevice) bool { return !inEveryKernel(d) })
 	if l.Resources != nil {
 		adaptResources(l.Resources)
