@@ -36,6 +36,12 @@ func main() {
 		guest.Init(version())
 		return
 	}
+	if name := os.Args[len(os.Args)-1]; len(os.Args) > 1 && filepath.Base(os.Args[0]) == "modprobe" {
+		if err := guest.Modprobe(name); err != nil {
+			os.Exit(1) // the kernel, who asks, wants no more
+		}
+		return
+	}
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }
 

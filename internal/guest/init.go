@@ -13,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/ttrpc"
 	"golang.org/x/sys/unix"
@@ -55,6 +56,9 @@ func run(version string, log *slog.Logger, level *slog.LevelVar) error {
 		return err
 	}
 	if err := loadModules(contents, parameter(machineParam)); err != nil {
+		return err
+	}
+	if err := answerModprobe(); err != nil {
 		return err
 	}
 	if err := leaveInitialRoot(); err != nil {
@@ -217,6 +221,39 @@ func loadModule(path string) error {
 	defer f.Close()
 	if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("load %s: %w", path, err)
+	}
+	return nil
+}
+
+// modprobe is where the kernel looks for whoever loads modules that it misses.
+const modprobe = "/sbin/modprobe"
+
+// answerModprobe makes this program the one that loads modules.
+func answerModprobe() error {
+	if err := os.MkdirAll(filepath.Dir(modprobe), 0o755); err != nil {
+		return err
+	}
+	if err := os.Symlink("/init", modprobe); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("let the kernel ask for modules: %w", err)
+	}
+	return nil
+}
+
+// Modprobe loads the module that the kernel asks for, with what it needs. It
+// has nothing but the guest's files: not even /proc.
+func Modprobe(name string) error {
+	c, err := readContents()
+	if err != nil {
+		return err
+	}
+	files := c.Find(name)
+	if len(files) == 0 {
+		return fmt.Errorf("module %q is not in this guest: %w", name, errdefs.ErrNotFound)
+	}
+	for _, f := range files {
+		if err := loadModule(f); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -174,7 +174,7 @@ func addModules(t tree, src unpacked, extra []string) (Contents, error) {
 	if err != nil {
 		return c, err
 	}
-	p := picked{data: map[string][]byte{}, needs: map[string][]string{}}
+	p := picked{data: map[string][]byte{}, needs: map[string][]string{}, aliases: map[string][]string{}}
 	for _, list := range append(slices.Collect(maps.Values(bootModules())), laterModules()) {
 		for _, name := range list {
 			if err := have.pick(&p, name, false); err != nil {

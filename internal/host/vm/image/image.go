@@ -10,6 +10,9 @@ package image
 import (
 	"context"
 	"log/slog"
+	"maps"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -65,6 +68,31 @@ type Contents struct {
 type Module struct {
 	Path  string   `json:"path"`
 	Needs []string `json:"needs,omitempty"` // names, in the order to load them before this one
+	// Aliases are other names by which the kernel asks for it.
+	Aliases []string `json:"aliases,omitempty"`
+}
+
+// Find gives the files to load, in order, for a module that the kernel calls
+// by its name or an alias; none when the guest has no such module.
+func (c Contents) Find(name string) []string {
+	plain := strings.ReplaceAll(name, "-", "_")
+	m, ok := c.Modules[plain]
+	if !ok {
+		for _, n := range slices.Sorted(maps.Keys(c.Modules)) {
+			if slices.Contains(c.Modules[n].Aliases, name) {
+				m, ok = c.Modules[n], true
+				break
+			}
+		}
+	}
+	if !ok {
+		return nil
+	}
+	var files []string
+	for _, n := range m.Needs {
+		files = append(files, c.Modules[n].Path)
+	}
+	return append(files, m.Path)
 }
 
 // BuildOptions say what to make a guest of.

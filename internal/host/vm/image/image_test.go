@@ -177,7 +177,22 @@ func FuzzKernel(f *testing.F) {
 	f.Fuzz(func(_ *testing.T, b []byte) {
 		_, _ = bootable(b)
 		_ = hasPVH(b)
-		_, _ = dependencies(b)
+		_, _, _ = moduleInfo(b)
 		_ = unsigned(b)
 	})
+}
+
+func TestFindModule(t *testing.T) {
+	c := Contents{Modules: map[string]Module{
+		"ip_tables": {Path: "/m/ip_tables.ko", Needs: []string{"x_tables"}, Aliases: []string{"ipt_icmp"}},
+		"x_tables":  {Path: "/m/x_tables.ko"},
+	}}
+	for name, want := range map[string][]string{
+		"ip-tables": {"/m/x_tables.ko", "/m/ip_tables.ko"}, "ipt_icmp": {"/m/x_tables.ko", "/m/ip_tables.ko"},
+		"x_tables": {"/m/x_tables.ko"}, "floppy": nil, "": nil,
+	} {
+		if got := c.Find(name); !slices.Equal(got, want) {
+			t.Errorf("%q: %q, want %q", name, got, want)
+		}
+	}
 }

@@ -31,6 +31,7 @@ func bootModules() map[string][]string {
 // resizing, vsock, and what pods do with the network inside their own kernel.
 func laterModules() []string {
 	return []string{"virtio_scsi", "sd_mod", "virtio_mem", "virtio_balloon", "vmw_vsock_virtio_transport", "erofs", "loop", "tun",
+		"dummy", "bridge", "veth", "vxlan", "macvlan", "wireguard", "sch_htb", "sch_ingress", "cls_u32", "act_mirred",
 		"x_tables", "ip_tables", "ip6_tables", "iptable_filter", "iptable_nat", "iptable_mangle", "ip6table_filter", "ip6table_nat",
 		"nf_tables", "nft_compat", "nft_chain_nat", "nft_ct", "nft_nat", "nft_masq", "nft_redir", "nft_reject_inet",
 		"xt_conntrack", "xt_nat", "xt_MASQUERADE", "xt_REDIRECT", "xt_addrtype", "xt_comment", "xt_mark", "xt_multiport", "xt_owner", "xt_tcpudp", "xt_TPROXY"}
@@ -84,8 +85,9 @@ func moduleName(path string) (string, bool) {
 
 // picked are the modules that go into a guest.
 type picked struct {
-	data  map[string][]byte   // by name
-	needs map[string][]string // by name, all of them, in the order of loading
+	data    map[string][]byte   // by name
+	needs   map[string][]string // by name, all of them, in the order of loading
+	aliases map[string][]string // by name
 }
 
 // pick takes modules and everything that they need. A module that the kernel
@@ -106,10 +108,11 @@ func (m kernelModules) pick(p *picked, name string, required bool) error {
 		return fmt.Errorf("read %s: %w", path, err)
 	}
 	data = unsigned(data)
-	direct, err := dependencies(data)
+	direct, aliases, err := moduleInfo(data)
 	if err != nil {
-		return fmt.Errorf("read the dependencies of %s: %w", path, err)
+		return fmt.Errorf("read what %s needs: %w", path, err)
 	}
+	p.aliases[name] = aliases
 	p.needs[name] = nil // ends circles
 	var all []string
 	for _, d := range direct {
@@ -163,32 +166,37 @@ func unsigned(module []byte) []byte {
 	return body[:int64(len(body)-info)-size]
 }
 
-// dependencies are what depmod would find: the names that the module itself
-// says it needs, and those to load before by preference.
-func dependencies(module []byte) ([]string, error) {
+// moduleInfo is what depmod would find: the modules that one says it needs, and
+// the names by which the kernel may ask for it. Patterns, which are those of
+// hardware, are left out.
+func moduleInfo(module []byte) (needs, aliases []string, err error) {
 	f, err := elf.NewFile(bytes.NewReader(module))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	defer f.Close()
 	section := f.Section(".modinfo")
 	if section == nil {
-		return nil, errors.New("it has no section .modinfo")
+		return nil, nil, errors.New("it has no section .modinfo")
 	}
 	info, err := section.Data()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var names []string
 	for entry := range bytes.SplitSeq(info, []byte{0}) {
-		if list, ok := bytes.CutPrefix(entry, []byte("depends=")); ok {
-			names = append(names, strings.FieldsFunc(string(list), func(r rune) bool { return r == ',' })...)
+		key, value, _ := strings.Cut(string(entry), "=")
+		switch {
+		case key == "depends":
+			for name := range strings.SplitSeq(value, ",") {
+				if name != "" {
+					needs = append(needs, strings.ReplaceAll(name, "-", "_"))
+				}
+			}
+		case key == "alias" && !strings.ContainsAny(value, "*?["):
+			aliases = append(aliases, value)
 		}
 	}
-	for i := range names {
-		names[i] = strings.ReplaceAll(names[i], "-", "_")
-	}
-	return names, nil
+	return needs, aliases, nil
 }
 
 // moduleFiles gives the modules their places in the guest.
@@ -197,7 +205,7 @@ func (p picked) place(t tree, version string) map[string]Module {
 	for _, name := range slices.Sorted(maps.Keys(p.data)) {
 		path := filepath.Join("/lib/modules", version, name+".ko")
 		t.file(path, 0o644, p.data[name])
-		all[name] = Module{Path: path, Needs: p.needs[name]}
+		all[name] = Module{Path: path, Needs: p.needs[name], Aliases: p.aliases[name]}
 	}
 	return all
 }
