@@ -24,6 +24,10 @@ func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConf
 	if err := oci.ValidateSandbox(cfg, s.o.Node); err != nil {
 		return "", err
 	}
+	handler, err := chooseHandler(cfg.Annotations, handler)
+	if err != nil {
+		return "", err
+	}
 	h, err := s.o.Shims.Handler(ctx, handler)
 	if err != nil {
 		return "", err
@@ -46,6 +50,25 @@ func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConf
 			sandboxName(cfg.Metadata), id, errdefs.ErrAlreadyExists)
 	}
 	return id, nil
+}
+
+// untrusted is the handler of pods with the annotation of that name.
+const (
+	untrustedAnnotation = "io.kubernetes.cri.untrusted-workload"
+	untrusted           = "untrusted"
+)
+
+// chooseHandler gives the handler that a pod asks for, by its RuntimeClass or
+// by the older annotation.
+func chooseHandler(annotations map[string]string, handler string) (string, error) {
+	if annotations[untrustedAnnotation] != "true" {
+		return handler, nil
+	}
+	if handler != "" && handler != untrusted {
+		return "", fmt.Errorf("the pod asks for handler %q, and by the annotation %s for %q: remove one of them: %w",
+			handler, untrustedAnnotation, untrusted, errdefs.ErrInvalidArgument)
+	}
+	return untrusted, nil
 }
 
 func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, handler string, h *shim.Handler) *sandbox {
