@@ -10,6 +10,7 @@ import (
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	runcopts "github.com/containerd/containerd/api/types/runc/options"
+	runtimeopts "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -57,6 +58,7 @@ func (rec *taskRecord) readOptions(r *taskapi.CreateTaskRequest) error {
 		if err := proto.Unmarshal(r.Options.Value, &runc); err != nil {
 			return fmt.Errorf("task %s: options: %w: %w", r.ID, err, errdefs.ErrInvalidArgument)
 		}
+	case isType(r.Options, &runtimeopts.Options{}): // containerd's for any shim; they were read when the sandbox was made
 	default:
 		return fmt.Errorf("task %s: options of type %q are not known here: %w", r.ID, r.Options.TypeUrl, errdefs.ErrInvalidArgument)
 	}

@@ -110,6 +110,8 @@ func (s *sandbox) adaptLinux(t *host.TaskSpec, spec *specs.Spec) error {
 			n.Path = guest.TaskPIDNamespace(t.TargetTask)
 		case n.Type == specs.PIDNamespace && s.record().SharePID:
 			n.Path = guest.PodPIDNamespace
+		case n.Type == specs.PIDNamespace && n.Path == fmt.Sprintf("/proc/%d/ns/pid", s.record().Machine.Pid):
+			n.Path = "" // QEMU holds the sandbox, but no namespace of it
 		case n.Type == specs.PIDNamespace:
 			return fmt.Errorf("the PID namespace %s is not in the machine: %w", n.Path, errdefs.ErrInvalidArgument)
 		default: // the pod's namespaces are those of the machine
