@@ -18,6 +18,7 @@ import (
 	"syscall"
 
 	"cloister.dev/internal/guest"
+	"cloister.dev/internal/host/stock"
 )
 
 const usage = `cloister-shim runs containers for the cloister daemon.
@@ -28,7 +29,9 @@ const usage = `cloister-shim runs containers for the cloister daemon.
   cloister-shim version
 
 A backend is container (the default) or vm. As the first process of a virtual
-machine, under the name init, the program is the agent in the guest.
+machine, under the name init, the program is the agent in the guest. Under the
+names containerd-shim-cloister-v2 and containerd-shim-cloister-vm-v2 it is a shim
+of containerd.
 `
 
 func main() {
@@ -41,6 +44,9 @@ func main() {
 			os.Exit(1) // the kernel, who asks, wants no more
 		}
 		return
+	}
+	if stock.Backend(os.Args[0]) != "" {
+		os.Exit(underContainerd(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 	}
 	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
 }

@@ -5,6 +5,8 @@ import (
 	"maps"
 	"path/filepath"
 	"slices"
+
+	"github.com/pelletier/go-toml/v2"
 )
 
 // MachineType is the runtime_type of handlers whose pods are virtual machines
@@ -104,4 +106,17 @@ func (c *Config) MachineHandler(name string) (string, Handler, error) {
 		}
 	}
 	return "", Handler{}, nil
+}
+
+// ParseMachineOptions reads a file that holds such options and nothing else.
+func ParseMachineOptions(text []byte) (MachineOptions, error) {
+	var table map[string]any
+	if err := toml.Unmarshal(text, &table); err != nil {
+		return MachineOptions{}, fmt.Errorf("read TOML: %w", err)
+	}
+	h := Handler{RuntimeType: MachineType, Options: table}
+	if err := h.checkMachine(); err != nil {
+		return MachineOptions{}, err
+	}
+	return h.MachineOptions()
 }

@@ -28,7 +28,13 @@ func (b *Backend) StartSandbox(ctx context.Context, spec *host.SandboxSpec, exit
 		return st, fmt.Errorf("a pod in a virtual machine has no %s namespace of the node: use a handler that shares the node's kernel, such as runc or crun: %w",
 			strings.Join(spec.NodeNamespaces, " or "), errdefs.ErrInvalidArgument)
 	}
-	o, err := readOptions(spec.Extra, spec.Annotations)
+	extra := spec.Extra
+	if len(extra) == 0 {
+		if extra, err = bundleOptions(spec.Bundle); err != nil {
+			return st, err
+		}
+	}
+	o, err := readOptions(extra, spec.Annotations)
 	if err != nil {
 		return st, err
 	}

@@ -1,7 +1,11 @@
 package vm
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,6 +47,21 @@ func setCount(to *uint32, value string) error {
 	}
 	*to = uint32(n)
 	return nil
+}
+
+// OptionsFile is a file in a sandbox's bundle with the handler's options, for
+// clients that cannot send them along: hostv1.MachineOptions as bytes.
+const OptionsFile = "cloister-machine"
+
+func bundleOptions(bundle string) ([]byte, error) {
+	if bundle == "" {
+		return nil, nil
+	}
+	b, err := os.ReadFile(filepath.Join(bundle, OptionsFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	return b, err
 }
 
 // readOptions gives the handler's options with what is not said filled in, and
