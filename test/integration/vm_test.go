@@ -95,6 +95,7 @@ func TestMachine(t *testing.T) {
 		c.Envs = []*cri.KeyValue{{Key: "GREETING", Value: []byte("hello")}}
 		c.Mounts = []*cri.Mount{{HostPath: volume, ContainerPath: "/data"}, {HostPath: readOnly, ContainerPath: "/ro", Readonly: true}}
 		c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: 64 << 20, CpuPeriod: 100000, CpuQuota: 50000}
+		c.Linux.SecurityContext.Seccomp = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_RuntimeDefault}
 	})
 	c.waitLog("shm: ")
 	c.waitLog("stderr F to stderr")
