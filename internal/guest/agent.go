@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -121,6 +122,13 @@ func (a *Agent) launch(ctx context.Context, t *task, r *guestv1.LaunchRequest) (
 	}
 	if err := os.WriteFile(filepath.Join(t.spec.Bundle, "config.json"), r.Config, 0o600); err != nil {
 		return nil, err
+	}
+	for _, path := range r.Submounts {
+		// The dot is within, so the kernel mounts what the host announces there.
+		var st unix.Stat_t
+		if err := unix.Stat(path+"/.", &st); err != nil {
+			a.log.Debug("mount beneath a shared folder not seen", "path", path, "err", err)
+		}
 	}
 	start := a.backend.Create
 	if r.Run {

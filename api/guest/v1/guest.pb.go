@@ -352,11 +352,15 @@ func (x *Streams) GetTerminal() string {
 }
 
 type LaunchRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Task          string                 `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
-	Config        []byte                 `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"` // config.json
-	Run           bool                   `protobuf:"varint,3,opt,name=run,proto3" json:"run,omitempty"`
-	Streams       *Streams               `protobuf:"bytes,4,opt,name=streams,proto3" json:"streams,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Task    string                 `protobuf:"bytes,1,opt,name=task,proto3" json:"task,omitempty"`
+	Config  []byte                 `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"` // config.json
+	Run     bool                   `protobuf:"varint,3,opt,name=run,proto3" json:"run,omitempty"`
+	Streams *Streams               `protobuf:"bytes,4,opt,name=streams,proto3" json:"streams,omitempty"`
+	// Mounts beneath those that the configuration binds. The guest has to look
+	// at them before, or they would be mounted later as the bind mount is, which
+	// may be read-only.
+	Submounts     []string `protobuf:"bytes,5,rep,name=submounts,proto3" json:"submounts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -415,6 +419,13 @@ func (x *LaunchRequest) GetRun() bool {
 func (x *LaunchRequest) GetStreams() *Streams {
 	if x != nil {
 		return x.Streams
+	}
+	return nil
+}
+
+func (x *LaunchRequest) GetSubmounts() []string {
+	if x != nil {
+		return x.Submounts
 	}
 	return nil
 }
@@ -1247,12 +1258,13 @@ const file_guest_v1_guest_proto_rawDesc = "" +
 	"\x05stdin\x18\x01 \x01(\tR\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x03 \x01(\tR\x06stderr\x12\x1a\n" +
-	"\bterminal\x18\x04 \x01(\tR\bterminal\"\x83\x01\n" +
+	"\bterminal\x18\x04 \x01(\tR\bterminal\"\xa1\x01\n" +
 	"\rLaunchRequest\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\x12\x16\n" +
 	"\x06config\x18\x02 \x01(\fR\x06config\x12\x10\n" +
 	"\x03run\x18\x03 \x01(\bR\x03run\x124\n" +
-	"\astreams\x18\x04 \x01(\v2\x1a.cloister.guest.v1.StreamsR\astreams\"\"\n" +
+	"\astreams\x18\x04 \x01(\v2\x1a.cloister.guest.v1.StreamsR\astreams\x12\x1c\n" +
+	"\tsubmounts\x18\x05 \x03(\tR\tsubmounts\"\"\n" +
 	"\x0eLaunchResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\"\x85\x01\n" +
 	"\vExecRequest\x12\x12\n" +

@@ -21,10 +21,48 @@ const guestVersion = "1.0.2"
 
 // shareTask makes a task's files visible to the machine and gives the
 // configuration that holds there.
-func (s *sandbox) shareTask(t *host.TaskSpec) ([]byte, error) {
+// submounts are mounts beneath what is shared, as paths in the guest.
+func (s *sandbox) shareTask(t *host.TaskSpec) (config []byte, submounts []string, err error) {
 	if err := mountRootfs(t); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
+	spec, err := readSpec(t)
+	if err != nil {
+		return nil, nil, err
+	}
+	root := spec.Root.Path
+	if !filepath.IsAbs(root) {
+		root = filepath.Join(t.Bundle, root)
+	}
+	files := s.files()
+	base := key(t.ID, "")
+	if err := files.Add(base+"/rootfs", root, share.Options{Recursive: true}); err != nil {
+		return nil, nil, fmt.Errorf("share the root file system: %w", err)
+	}
+	spec.Root.Path = filepath.Join(guest.ShareDir, base, "rootfs")
+	mounted := mountPoints()
+	for i := range spec.Mounts {
+		source := spec.Mounts[i].Source
+		if err := shareMount(files, base, i, &spec.Mounts[i]); err != nil {
+			return nil, nil, err
+		}
+		for _, point := range mounted {
+			if rest, beneath := strings.CutPrefix(point, source+"/"); beneath && slices.Contains(spec.Mounts[i].Options, "rbind") {
+				submounts = append(submounts, filepath.Join(spec.Mounts[i].Source, rest))
+			}
+		}
+	}
+	if err := s.adaptLinux(t, spec); err != nil {
+		return nil, nil, err
+	}
+	adaptProcess(spec.Process)
+	spec.Version, spec.Hostname, spec.Domainname, spec.Hooks = guestVersion, "", "", nil
+	config, err = json.Marshal(spec)
+	return config, submounts, err
+}
+
+// readSpec reads the configuration that a client wrote into the bundle.
+func readSpec(t *host.TaskSpec) (*specs.Spec, error) {
 	b, err := os.ReadFile(filepath.Join(t.Bundle, "config.json"))
 	if err != nil {
 		return nil, fmt.Errorf("read the bundle: %w", err)
@@ -36,27 +74,24 @@ func (s *sandbox) shareTask(t *host.TaskSpec) ([]byte, error) {
 	if spec.Root == nil || spec.Process == nil || spec.Linux == nil {
 		return nil, fmt.Errorf("the bundle's config.json has no root, process or linux: %w", errdefs.ErrInvalidArgument)
 	}
-	root := spec.Root.Path
-	if !filepath.IsAbs(root) {
-		root = filepath.Join(t.Bundle, root)
+	return &spec, nil
+}
+
+// mountPoints lists where something is mounted, outermost first; without the
+// list, mounts beneath shared folders only may get stricter than they are.
+func mountPoints() []string {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return nil
 	}
-	files := s.files()
-	base := key(t.ID, "")
-	if err := files.Add(base+"/rootfs", root, share.Options{Recursive: true}); err != nil {
-		return nil, fmt.Errorf("share the root file system: %w", err)
-	}
-	spec.Root.Path = filepath.Join(guest.ShareDir, base, "rootfs")
-	for i := range spec.Mounts {
-		if err := shareMount(files, base, i, &spec.Mounts[i]); err != nil {
-			return nil, err
+	var points []string
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 {
+			points = append(points, f[4])
 		}
 	}
-	if err := s.adaptLinux(t, &spec); err != nil {
-		return nil, err
-	}
-	adaptProcess(spec.Process)
-	spec.Version, spec.Hostname, spec.Domainname, spec.Hooks = guestVersion, "", "", nil
-	return json.Marshal(&spec)
+	slices.Sort(points)
+	return points
 }
 
 // shareMount makes a mount's source one that the guest has.
@@ -77,7 +112,8 @@ func shareMount(files *share.FS, base string, i int, m *specs.Mount) error {
 		return nil
 	}
 	name := fmt.Sprintf("%s/mount-%d", base, i)
-	if err := files.Add(name, m.Source, share.Options{ReadOnly: slices.Contains(m.Options, "ro"), Recursive: true}); err != nil {
+	readOnly, beneath := slices.Contains(m.Options, "ro"), slices.Contains(m.Options, "rro")
+	if err := files.Add(name, m.Source, share.Options{ReadOnly: readOnly || beneath, ReadOnlyBeneath: beneath, Recursive: recursive}); err != nil {
 		return fmt.Errorf("share %s: %w", m.Source, err)
 	}
 	m.Source = filepath.Join(guest.ShareDir, name)

@@ -87,7 +87,7 @@ func (b *Backend) launch(ctx context.Context, t *host.TaskSpec, streams host.Str
 			err = errors.Join(err, b.Delete(context.WithoutCancel(ctx), t))
 		}
 	}()
-	config, err := s.shareTask(t)
+	config, submounts, err := s.shareTask(t)
 	if err != nil {
 		return st, err
 	}
@@ -98,7 +98,7 @@ func (b *Backend) launch(ctx context.Context, t *host.TaskSpec, streams host.Str
 	st.Console = console
 	var resp *guestv1.LaunchResponse
 	if err := s.call(ctx, func(ctx context.Context, g guestv1.GuestService) (err error) {
-		resp, err = g.Launch(ctx, &guestv1.LaunchRequest{Task: t.ID, Config: config, Run: run, Streams: ports})
+		resp, err = g.Launch(ctx, &guestv1.LaunchRequest{Task: t.ID, Config: config, Run: run, Streams: ports, Submounts: submounts})
 		return err
 	}); err != nil {
 		return st, err

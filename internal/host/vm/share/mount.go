@@ -50,7 +50,7 @@ func cloneTree(source string, o Options) (*os.File, error) {
 		flags |= unix.AT_RECURSIVE
 		recurse = unix.AT_RECURSIVE
 	}
-	if o.ReadOnly {
+	if o.ReadOnly && o.ReadOnlyBeneath {
 		attrs.Attr_set |= unix.MOUNT_ATTR_RDONLY
 	}
 	fd, err := unix.OpenTree(unix.AT_FDCWD, source, flags)
@@ -59,6 +59,13 @@ func cloneTree(source string, o Options) (*os.File, error) {
 	}
 	tree := os.NewFile(uintptr(fd), source)
 	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH|recurse, &attrs); err != nil {
+		tree.Close()
+		return nil, &fs.PathError{Op: "mount_setattr", Path: source, Err: err}
+	}
+	if !o.ReadOnly {
+		return tree, nil
+	}
+	if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &unix.MountAttr{Attr_set: unix.MOUNT_ATTR_RDONLY}); err != nil {
 		tree.Close()
 		return nil, &fs.PathError{Op: "mount_setattr", Path: source, Err: err}
 	}

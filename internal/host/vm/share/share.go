@@ -48,7 +48,10 @@ type State struct {
 
 // Options of one shared thing.
 type Options struct {
-	ReadOnly bool
+	// ReadOnly keeps the source itself from being written. Mounts beneath it
+	// are read-only with ReadOnlyBeneath alone.
+	ReadOnly        bool
+	ReadOnlyBeneath bool
 	// Recursive shares mounts beneath the source too.
 	Recursive bool
 }
