@@ -62,7 +62,9 @@ func (r *reloader) applyNetwork(cfg config.Config) error {
 	return nil
 }
 
-func (r *reloader) applyImages(cfg config.Config) error { return r.images.SetHosts(imageHosts(cfg, r.log.Logger)) }
+func (r *reloader) applyImages(cfg config.Config) error {
+	return r.images.SetHosts(imageHosts(cfg, r.log.Logger))
+}
 
 func (r *reloader) applyShims(cfg config.Config) error {
 	o, err := shimOptions(cfg, r.log.Logger)

@@ -26,6 +26,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"k8s.io/klog/v2"
 
+	hostv1 "cloister.dev/api/host/v1"
 	"cloister.dev/internal/config"
 	"cloister.dev/internal/cri"
 	"cloister.dev/internal/image"
@@ -206,7 +207,7 @@ func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri
 	g := grpc.NewServer(append(server.GRPCOptions(), options...)...)
 	server.Register(g)
 	healthpb.RegisterHealthServer(g, health.NewServer())
-	(&cri.Debug{Pods: pods, Images: images}).Register(g)
+	(&cri.Debug{Pods: pods, Images: images, Machine: pods}).Register(g)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(lis) }()
 	log.Info("serving CRI", "address", cfg.Address, "root", cfg.Root, "state", cfg.State, "network", cfg.Cloister.Network)
@@ -340,7 +341,11 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 		if r.Rlimits, err = rlimits(cfg, name); err != nil {
 			return o, err
 		}
-		if h.IsRunc() {
+		if h.IsMachine() {
+			if r.Machine, err = machineOptions(cfg, h); err != nil {
+				return o, fmt.Errorf("options of handler %q: %w", name, err)
+			}
+		} else if h.IsRunc() {
 			ro, err := h.RuncOptions()
 			if err != nil {
 				return o, fmt.Errorf("options of handler %q: %w", name, err)
@@ -358,6 +363,22 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 		o.Runtimes[name] = r
 	}
 	return o, nil
+}
+
+// machineOptions are what the shim is told of a handler's virtual machines.
+func machineOptions(cfg config.Config, h config.Handler) (*hostv1.MachineOptions, error) {
+	m, err := h.MachineOptions()
+	if err != nil {
+		return nil, err
+	}
+	if m.Guests == "" {
+		m.Guests = filepath.Join(cfg.Root, "guests")
+	}
+	return &hostv1.MachineOptions{Path: m.Path, Guests: m.Guests, Guest: m.Guest, Kernel: m.Kernel, Initrd: m.Initrd,
+		KernelParams: m.KernelParams, MachineType: m.MachineType, Accel: m.Accel,
+		DefaultVcpus: m.DefaultVCPUs, DefaultMaxvcpus: m.DefaultMaxVCPUs, DefaultMemory: m.DefaultMemory, DefaultMaxmemory: m.DefaultMaxMemory,
+		OverheadMemory: m.OverheadMemory, SharedFs: m.SharedFS, VirtioFsDaemon: m.VirtioFSDaemon, VirtioFsCache: m.VirtioFSCache,
+		VirtioFsExtraArgs: m.VirtioFSExtraArgs, EnableAnnotations: m.EnableAnnotations, BootTimeout: m.BootTimeout}, nil
 }
 
 func snapshotter(cfg config.Config, name string, h config.Handler) string {

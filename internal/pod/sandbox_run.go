@@ -223,14 +223,30 @@ func (s *Service) shimRequest(sb *sandbox) shim.SandboxRequest {
 	if parent := sb.record().Config.GetLinux().GetCgroupParent(); parent != "" && sb.record().SharePID && !sb.handler.Runtime.SystemdCgroup && !s.o.Node.CgroupDisabled {
 		r.Cgroup = filepath.Join(parent, sb.record().ID)
 	}
+	if sb.handler.Machine() {
+		s.describeMachine(sb, n, &r)
+	}
 	return r
 }
 
+// describeMachine adds what a pod with a kernel of its own has to do inside it.
+func (s *Service) describeMachine(sb *sandbox, n namespaces, r *shim.SandboxRequest) {
+	rec := sb.record()
+	o := rec.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	r.HostNetwork, r.HostIPC, r.HostPID = !n.net, !n.ipc, o.GetPid() == runtimeapi.NamespaceMode_NODE
+	r.Hostname, r.Sysctls = n.hostname, rec.Sysctls
+	if parent := oci.ParentCgroup(rec.CgroupParent); parent != "" {
+		r.Cgroup = filepath.Join(parent, rec.ID)
+	}
+	limits := rec.Resources
+	r.CPUQuota, r.CPUPeriod, r.MemoryLimit = limits.GetCpuQuota(), limits.GetCpuPeriod(), limits.GetMemoryLimitInBytes()
+}
+
 // watchHolder turns the sandbox not ready when the process that it depends on
-// ends, the holder of its shared PID namespace or a shim of its own: nothing
-// can be started in it any more.
+// ends, the holder of its shared PID namespace, a shim of its own or a virtual
+// machine: nothing can be started in it any more.
 func (s *Service) watchHolder(sb *sandbox) {
-	if h := sb.handler; h == nil || !h.External() && (sb.get().Pid == 0 || !sb.record().SharePID) {
+	if h := sb.handler; h == nil || !h.External() && !h.Machine() && (sb.get().Pid == 0 || !sb.record().SharePID) {
 		return
 	}
 	s.work.Go(func() {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -68,6 +69,7 @@ type Service struct {
 	stats stats
 
 	attempts attempts
+	forwards atomic.Uint64 // names of sockets
 
 	ctx    context.Context // ends with the service; creations run on it
 	cancel context.CancelFunc

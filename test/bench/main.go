@@ -13,7 +13,8 @@
 //	BENCH_MEMORY=40       pods with one running container each when memory is read
 //	BENCH_PULLS=3         pulls of each of the large images, each into an empty store
 //	BENCH_ONLY=           "pull" measures nothing but these
-//	BENCH_SUBJECTS=containerd,cloister,cloister-crun
+//	BENCH_MACHINES=10     virtual machines, booted bare and as pods in turns; 0: none
+//	BENCH_SUBJECTS=containerd,cloister,cloister-crun   or none
 //	CLOISTER_BIN=DIR      use these programs instead of building the checkout
 package main
 
@@ -39,6 +40,7 @@ type settings struct {
 	Pods, Containers, Images int
 	Rounds, Parallel         int
 	List, Memory, Pulls      int
+	Machines                 int
 	Only                     string
 	Subjects                 []string
 }
@@ -69,17 +71,21 @@ func fromEnvironment() (settings, error) {
 		{"BENCH_PODS", &s.Pods, 50}, {"BENCH_CONTAINERS", &s.Containers, 50}, {"BENCH_IMAGES", &s.Images, 10},
 		{"BENCH_ROUNDS", &s.Rounds, 2}, {"BENCH_PARALLEL", &s.Parallel, 5},
 		{"BENCH_LIST", &s.List, 1000}, {"BENCH_MEMORY", &s.Memory, 40},
-		{"BENCH_PULLS", &s.Pulls, 3},
+		{"BENCH_PULLS", &s.Pulls, 3}, {"BENCH_MACHINES", &s.Machines, 10},
 	} {
 		*f.into = f.def
 		if v := os.Getenv(f.name); v != "" {
 			var err error
-			if *f.into, err = strconv.Atoi(v); err != nil || *f.into < 1 {
+			if *f.into, err = strconv.Atoi(v); err != nil || *f.into < 0 || *f.into == 0 && f.into != &s.Machines {
 				return s, fmt.Errorf("%s=%s: a number from 1 up is wanted", f.name, v)
 			}
 		}
 	}
-	if v := os.Getenv("BENCH_SUBJECTS"); v != "" {
+	switch v := os.Getenv("BENCH_SUBJECTS"); v {
+	case "":
+	case "none":
+		s.Subjects = nil // virtual machines alone
+	default:
 		s.Subjects = strings.Split(v, ",")
 	}
 	return s, nil
@@ -121,10 +127,26 @@ func run(ctx context.Context) (met bool, err error) {
 	}, "-only", "bulk"); err != nil {
 		return false, err
 	}
+	var vms *machines
+	if set.Machines > 0 {
+		fmt.Fprintln(os.Stderr, "virtual machines")
+		if vms, err = measureMachines(ctx, p, registry.Hosts, os.Getenv("BENCH_WORK"), set); err != nil {
+			return false, fmt.Errorf("virtual machines: %w", err)
+		}
+		results[vmHandler] = vms.vm.result
+	}
 	if err := save(checkout, set, results); err != nil {
 		return false, err
 	}
-	met = table(os.Stdout, set, results)
+	delete(results, vmHandler) // a table of its own
+	met = true
+	if len(set.Subjects) > 0 {
+		met = table(os.Stdout, set, results)
+	}
+	if vms != nil {
+		fmt.Println()
+		met = vms.print(os.Stdout) && met
+	}
 	for _, s := range set.Subjects {
 		if f := results[s].Failed; f != "" {
 			fmt.Printf("\n%s did not finish: %s\n", s, f)
