@@ -115,22 +115,12 @@ func run(ctx context.Context) (met bool, err error) {
 			return false, err
 		}
 	}
-	// The OCI runtime takes no part in a pull: one of the two is enough.
-	trash, err := os.MkdirTemp("/tmp", "clt")
-	if err != nil {
-		return false, err
-	}
-	defer os.RemoveAll(trash)
-	subjects := slices.DeleteFunc(slices.Clone(set.Subjects), func(s string) bool { return s == cloisterCrun })
-	if err := rounds(ctx, checkout, "pulls, ", set.Pulls, results, subjects, func(hosts, s string, _ int) error {
-		return pulls(ctx, p, hosts, trash, s, results[s])
-	}, "-only", "bulk"); err != nil {
+	if err := allPulls(ctx, p, checkout, set, results); err != nil {
 		return false, err
 	}
 	var vms *machines
-	if set.Machines > 0 {
-		fmt.Fprintln(os.Stderr, "virtual machines")
-		if vms, err = measureMachines(ctx, p, registry.Hosts, os.Getenv("BENCH_WORK"), set); err != nil {
+	if set.Machines > 0 && set.Only == "" {
+		if vms, err = allMachines(ctx, p, checkout, set); err != nil {
 			return false, fmt.Errorf("virtual machines: %w", err)
 		}
 		results[vmHandler] = vms.vm.result
@@ -154,6 +144,30 @@ func run(ctx context.Context) (met bool, err error) {
 		}
 	}
 	return met, nil
+}
+
+// allPulls measures pulls. The OCI runtime takes no part in them: one of the
+// two is enough.
+func allPulls(ctx context.Context, p programs, checkout string, set settings, results map[string]*result) error {
+	trash, err := os.MkdirTemp("/tmp", "clt")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(trash)
+	subjects := slices.DeleteFunc(slices.Clone(set.Subjects), func(s string) bool { return s == cloisterCrun })
+	return rounds(ctx, checkout, "pulls, ", set.Pulls, results, subjects, func(hosts, s string, _ int) error {
+		return pulls(ctx, p, hosts, trash, s, results[s])
+	}, "-only", "bulk")
+}
+
+func allMachines(ctx context.Context, p programs, checkout string, set settings) (vms *machines, err error) {
+	fmt.Fprintln(os.Stderr, "virtual machines")
+	registry, err := testnode.StartRegistry(ctx, checkout, "-pause", p.pause)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, registry.Close()) }()
+	return measureMachines(ctx, p, registry.Hosts, os.Getenv("BENCH_WORK"), set)
 }
 
 // rounds gives each subject its turn, n times, with a registry of the images
