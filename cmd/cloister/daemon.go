@@ -68,8 +68,7 @@ the next one takes them up again.`,
 	f.StringVar(&state, "state", "", "`folder` for what a reboot may take; the socket follows it")
 	f.StringVarP(&level, "log-level", "l", "", "debug, info, warn or error")
 	f.BoolVar(&ephemeral, "ephemeral", false, "at the end also end the shims in which nothing runs")
-	// The flag was added in the line above.
-	_ = f.MarkHidden("ephemeral")
+	_ = f.MarkHidden("ephemeral") // added in the line above
 	return cmd
 }
 

@@ -81,7 +81,11 @@ func runDaemon(ctx context.Context, cfg config.Config, load func() (config.Confi
 		return err
 	}
 	closing("close the network", net.Close)
-	shims, err := openShims(cfg, log, closing)
+	devices, err := openDevicePlugin(ctx, cfg, log, closing)
+	if err != nil {
+		return err
+	}
+	shims, err := openShims(cfg, log, devices, closing)
 	if err != nil {
 		return err
 	}
@@ -91,7 +95,7 @@ func runDaemon(ctx context.Context, cfg config.Config, load func() (config.Confi
 		return err
 	}
 	closing("close metrics and traces", tells.close)
-	pods, err := openPods(cfg, version, log, podParts{images, net, shims, tells, reload}, closing)
+	pods, err := openPods(cfg, version, log, podParts{images, net, shims, tells, reload, devices}, closing)
 	if err != nil {
 		return err
 	}
@@ -116,6 +120,7 @@ type podParts struct {
 	shims  *shim.Client
 	tells  *telemetries
 	reload *reloader
+	tees   *devicePlugin
 }
 
 // openPods opens the pod service and, with it, the door for NRI plugins.
@@ -126,7 +131,8 @@ func openPods(cfg config.Config, version string, log *slog.Logger, p podParts, c
 	}
 	o := podOptions(cfg, log, p.images, p.net, p.shims)
 	o.NRI, o.Observer = plugins, p.tells.observer()
-	o.Conditions, o.VerboseInfo = p.reload.conditions, p.reload.info
+	o.Conditions = func() []pod.Condition { return append(p.reload.conditions(), p.tees.conditions()...) }
+	o.VerboseInfo = p.reload.info
 	pods, err := pod.Open(o)
 	if err != nil {
 		return nil, err
@@ -158,7 +164,7 @@ func (d demoted) Handle(ctx context.Context, r slog.Record) error {
 func (d demoted) WithAttrs(as []slog.Attr) slog.Handler { return demoted{d.Handler.WithAttrs(as)} }
 func (d demoted) WithGroup(name string) slog.Handler    { return demoted{d.Handler.WithGroup(name)} }
 
-func openShims(cfg config.Config, log *slog.Logger, closing func(string, func() error)) (*shim.Client, error) {
+func openShims(cfg config.Config, log *slog.Logger, devices *devicePlugin, closing func(string, func() error)) (*shim.Client, error) {
 	events := filepath.Join(cfg.State, "events.sock")
 	server, err := shim.ServeEvents(events)
 	if err != nil {
@@ -169,7 +175,7 @@ func openShims(cfg config.Config, log *slog.Logger, closing func(string, func() 
 	if err != nil {
 		return nil, err
 	}
-	o.EventsAddress, o.Events = events, server
+	o.EventsAddress, o.Events, o.Ready = events, server, devices.ready
 	shims, err := shim.New(o)
 	if err != nil {
 		return nil, err

@@ -49,6 +49,8 @@ type Config struct {
 	DisabledPlugins []string
 	Cgroup          Cgroup
 	Cloister        Cloister
+	// DevicePlugin is [device_plugin].
+	DevicePlugin DevicePlugin
 
 	// Warnings are about keys of the files that are old, or have no effect.
 	Warnings []Warning

@@ -55,6 +55,7 @@ func (l *loader) validate() error {
 	j.handlers(&c.Runtime.Containerd)
 	j.streaming(&c.Streaming)
 	j.cloister(&c.Cloister)
+	j.devicePlugin(&c.DevicePlugin)
 	return errors.Join(j.faults...)
 }
 

@@ -196,10 +196,12 @@ func (s *Service) writeSpec(ctx context.Context, sb *sandbox, c *container, in o
 // finds it.
 func (s *Service) makeRootfs(ctx context.Context, sb *sandbox, c *container, img image.Image) (string, error) {
 	rootfs := filepath.Join(c.record().Bundle, "rootfs")
-	for _, d := range []string{c.record().Bundle, rootfs} {
-		if err := os.Mkdir(d, 0o711); err != nil {
-			return "", fmt.Errorf("make the container's bundle: %w", err)
-		}
+	err := makeClosed(c.record().Bundle, rootOf(sb.record().GIDs))
+	if err == nil {
+		err = os.Mkdir(rootfs, 0o711)
+	}
+	if err != nil {
+		return "", fmt.Errorf("make the container's bundle: %w", err)
 	}
 	o := image.RootfsOptions{Snapshotter: sb.handler.Runtime.Snapshotter, Volatile: true,
 		UIDs: imageMappings(sb.record().UIDs), GIDs: imageMappings(sb.record().GIDs)}

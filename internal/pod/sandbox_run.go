@@ -96,30 +96,20 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	if err := s.changeSandbox(sb, func(r *sandboxRecord) { r.ProcessLabel, r.MountLabel = process, mount }); err != nil {
 		return err
 	}
-	undo.Add("take the half-made pod down", func(ctx context.Context) error {
-		err := s.takeDown(ctx, sb)
-		if err != nil {
-			s.inBackground(sb.op, id, func(ctx context.Context) error { return s.takeDown(ctx, sb) })
-		}
-		return err
-	})
+	undo.Add("take the half-made pod down", func(ctx context.Context) error { return s.discardSandbox(ctx, sb) })
 
 	stage("making namespaces")
 	if err := s.makeFolder(sb); err != nil {
 		return err
 	}
 
-	attached, err := s.attach(ctx, sb, stage)
+	attached, err := s.attachNetwork(ctx, sb, stage)
 	if err != nil {
 		return err
 	}
 
 	stage("starting the sandbox on its shim")
-	var pid uint32
-	err = timed(s.o.Observer.Shim, "start sandbox", func() (err error) {
-		pid, err = sb.handler.StartSandbox(ctx, s.shimRequest(sb))
-		return err
-	})
+	pid, err := s.startOnShim(ctx, sb)
 	if err != nil {
 		return err
 	}
@@ -148,14 +138,23 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	return nil
 }
 
-// attach connects the sandbox to the network, unless it has the node's.
-func (s *Service) attach(ctx context.Context, sb *sandbox, stage func(string)) (*network.Result, error) {
-	attached := &network.Result{}
+// discardSandbox takes down a sandbox that its client never got, in the
+// background when that fails at first.
+func (s *Service) discardSandbox(ctx context.Context, sb *sandbox) error {
+	err := s.takeDown(ctx, sb)
+	if err != nil {
+		s.inBackground(sb.op, sb.record().ID, func(ctx context.Context) error { return s.takeDown(ctx, sb) })
+	}
+	return err
+}
+
+// attachNetwork gives a pod that has a network of its own its interface.
+func (s *Service) attachNetwork(ctx context.Context, sb *sandbox, stage func(string)) (attached *network.Result, err error) {
 	if !sb.record().NetworkUp {
-		return attached, nil
+		return &network.Result{}, nil
 	}
 	stage("attaching the network")
-	err := timed(s.o.Observer.Network, "attach", func() (err error) {
+	err = timed(s.o.Observer.Network, "attach", func() (err error) {
 		attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
 		return err
 	})
@@ -163,6 +162,14 @@ func (s *Service) attach(ctx context.Context, sb *sandbox, stage func(string)) (
 		return nil, fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
 	}
 	return attached, nil
+}
+
+func (s *Service) startOnShim(ctx context.Context, sb *sandbox) (pid uint32, err error) {
+	err = timed(s.o.Observer.Shim, "start sandbox", func() error {
+		pid, err = sb.handler.StartSandbox(ctx, s.shimRequest(sb))
+		return err
+	})
+	return pid, err
 }
 
 // usable tells why nothing can be started in the sandbox any more, if so.
@@ -180,7 +187,7 @@ func (sb *sandbox) usable(ctx context.Context) error {
 // and the files under /etc.
 func (s *Service) makeFolder(sb *sandbox) error {
 	dir := s.podDir(sb.record().ID)
-	if err := mountFolder(dir); err != nil {
+	if err := mountFolder(dir, rootOf(sb.record().GIDs)); err != nil {
 		return err
 	}
 	n := sandboxNamespaces(dir, sb)

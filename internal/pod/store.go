@@ -111,15 +111,15 @@ func load[R any, P interface {
 	err = s.db.View(func(tx *bolt.Tx) error {
 		return tx.Bucket([]byte(bucket)).ForEach(func(k, v []byte) error {
 			r := new(R)
-			err := json.Unmarshal(v, r)
-			if err == nil {
-				err = P(r).check(string(k))
+			cause := json.Unmarshal(v, r)
+			if cause == nil {
+				cause = P(r).check(string(k))
 			}
-			if err != nil {
-				bad = append(bad, damaged{bucket: bucket, id: string(k), cause: err})
-				return nil
+			if cause == nil {
+				all = append(all, r)
+			} else {
+				bad = append(bad, damaged{bucket: bucket, id: string(k), cause: cause})
 			}
-			all = append(all, r)
 			return nil
 		})
 	})

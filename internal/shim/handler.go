@@ -87,12 +87,16 @@ type Options struct {
 	LogLevel      string
 	Runtimes      map[string]Runtime
 	Default       string // handler for "", empty: the best one that works
-	Log           *slog.Logger
+	// Ready tells why a handler that works cannot be used now, as when the device
+	// that it needs is lost. It is asked again and again and may be nil.
+	Ready func(handler string) error
+	Log   *slog.Logger
 }
 
 // Client knows the handlers of the node and their shims.
 type Client struct {
 	o         Options
+	self      string // this program, which external shims are told of
 	container *resident
 	log       *slog.Logger
 
@@ -125,7 +129,11 @@ type trial struct {
 // New starts probing all handlers in the background; Close ends it. Running
 // shims are not touched by Close.
 func New(o Options) (*Client, error) {
-	c := &Client{o: o, log: o.Log, externals: map[string]*external{}, kept: map[string]*Handler{}}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("find this program: %w", err)
+	}
+	c := &Client{o: o, self: self, log: o.Log, externals: map[string]*external{}, kept: map[string]*Handler{}}
 	c.container = newResident(filepath.Join(o.State, "container"), o.Binary, o.LogLevel, o.Log)
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	if err := c.Reload(o.Runtimes, o.Default); err != nil {
@@ -196,7 +204,7 @@ func (c *Client) best(ctx context.Context, set handlerSet) (*Handler, error) {
 	if set.def != "" {
 		return set.working(ctx, set.def)
 	}
-	if set.chosen != nil {
+	if set.chosen != nil && (c.o.Ready == nil || c.o.Ready(set.chosen.Name) == nil) {
 		return set.chosen, nil
 	}
 	var reasons []string
@@ -216,11 +224,18 @@ func (c *Client) best(ctx context.Context, set handlerSet) (*Handler, error) {
 		strings.Join(reasons, "; "), errdefs.ErrFailedPrecondition)
 }
 
-// Features waits for the handler's probe and gives its result.
+// Features waits for the handler's probe and gives its result, as far as what
+// the handler needs is there.
 func (h *Handler) Features(ctx context.Context) (Features, error) {
 	select {
 	case <-h.trial.done:
-		return h.trial.features, nil
+		f := h.trial.features
+		if ready := h.client.o.Ready; f.Works && ready != nil {
+			if err := ready(h.Name); err != nil {
+				f.Works, f.Reason = false, err.Error()
+			}
+		}
+		return f, nil
 	case <-ctx.Done():
 		return Features{}, fmt.Errorf("wait for the probe of handler %q: %w", h.Name, ctx.Err())
 	}

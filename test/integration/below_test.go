@@ -134,9 +134,15 @@ func TestStopWhilePluginsHang(t *testing.T) {
 	check()
 }
 
-func TestFailingOCIRuntime(t *testing.T) {
+// staged is a node with a handler "stage", whose runtime is of a stage.
+func staged(t *testing.T) (stage, *testnode.Node) {
+	t.Helper()
 	s := newStage(t)
-	n := own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "stage": filepath.Join(s.dir, "oci")}, Default: "runc"})
+	return s, own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "stage": filepath.Join(s.dir, "oci")}, Default: "runc"})
+}
+
+func TestFailingOCIRuntime(t *testing.T) {
+	s, n := staged(t)
 	witness(t, n)
 	p := runHandlerPod(t, n, "stage")
 	check := noLeak(t, n)
@@ -170,8 +176,7 @@ func TestFailingOCIRuntime(t *testing.T) {
 }
 
 func TestHangingOCIRuntime(t *testing.T) {
-	s := newStage(t)
-	n := own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "stage": filepath.Join(s.dir, "oci")}, Default: "runc"})
+	s, n := staged(t)
 	witness(t, n)
 	p := runHandlerPod(t, n, "stage")
 	t.Cleanup(func() { s.mode("pass") }) // or the pod's removal waits

@@ -255,12 +255,7 @@ func TestDamagedRecords(t *testing.T) {
 		t.Errorf("exit code %d, not 3", st.ExitCode)
 	}
 	// The pod that kubelet wants can be made anew, and this goes for a restart.
-	if err := n.Stop(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Run(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	endWith(t, n, n.Stop)
 	id, err := runSandbox(t.Context(), n, lost.cfg, 30*time.Second)
 	if err != nil || id == lost.id {
 		t.Errorf("the pod made anew is %s, %v", id, err)

@@ -215,12 +215,7 @@ func TestContainerOutlivesItsImage(t *testing.T) {
 	if err := removeImage(n, ref); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Kill(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Run(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	restart(t, n)
 	c.start()
 	if got := c.run("cat /mark"); got != "here" {
 		t.Errorf("%q", got)

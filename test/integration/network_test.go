@@ -33,7 +33,7 @@ func TestFamilies(t *testing.T) {
 				check := noLeak(t, n)
 				p := servingPod(t, n, families)
 				p.check(families)
-				p.restart()
+				restart(t, n)
 				p.check(families)
 				p.remove()
 				check()
@@ -125,7 +125,7 @@ func (s *server) check(families testnode.Families) {
 			t.Errorf("from another pod %s says %q", url, c.log())
 		}
 	}
-	c := client.sh("sleep 1000")
+	c := client.idle()
 	for protocol := range executors {
 		var out output
 		if err := stream(t.Context(), protocol, c.execURL(&cri.ExecRequest{Cmd: []string{"cat"}, Stdin: true, Stdout: true}),
@@ -160,15 +160,4 @@ func bridgeAddress(t *testing.T, n *testnode.Node) string {
 	}
 	t.Fatalf("bridge %s has no IPv6 address: %v", link.Name, addrs)
 	return ""
-}
-
-// restart has the next daemon take the pod up.
-func (s *server) restart() {
-	s.t.Helper()
-	if err := s.n.Kill(s.t.Context()); err != nil {
-		s.t.Fatal(err)
-	}
-	if err := s.n.Run(s.t.Context()); err != nil {
-		s.t.Fatal(err)
-	}
 }

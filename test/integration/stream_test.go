@@ -91,7 +91,7 @@ func (o *output) wait(t *testing.T, text string) {
 }
 
 func TestExecStreams(t *testing.T) {
-	c := runPod(t, shared(t)).sh("sleep 1000")
+	c := runPod(t, shared(t)).idle()
 	for protocol := range executors {
 		t.Run(protocol, func(t *testing.T) {
 			var out, problems output
@@ -124,7 +124,7 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 }
 
 func TestExecTerminalIsResized(t *testing.T) {
-	c := runPod(t, shared(t)).sh("sleep 1000")
+	c := runPod(t, shared(t)).idle()
 	for protocol := range executors {
 		t.Run(protocol, func(t *testing.T) {
 			var out output
@@ -153,7 +153,7 @@ func TestExecTerminalIsResized(t *testing.T) {
 
 func TestExecSync(t *testing.T) {
 	p := runPod(t, shared(t))
-	c := p.sh("sleep 1000")
+	c := p.idle()
 	r, err := c.execSync(10, "sh", "-c", "echo out; echo err >&2; exit 9")
 	if err != nil || string(r.Stdout) != "out\n" || string(r.Stderr) != "err\n" || r.ExitCode != 9 {
 		t.Errorf("%v %v", r, err)

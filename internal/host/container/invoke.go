@@ -141,6 +141,7 @@ func kind(said string) error {
 		{"permission denied", errdefs.ErrPermissionDenied},
 		{"no such file or directory", errdefs.ErrNotFound},
 		{"unsupported", errdefs.ErrFailedPrecondition},
+		{"memory limit", errdefs.ErrFailedPrecondition}, // too low to start with
 	} {
 		if strings.Contains(strings.ToLower(said), k.words) {
 			return k.err

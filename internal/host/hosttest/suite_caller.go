@@ -2,14 +2,17 @@ package hosttest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"syscall"
+	"time"
+
+	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 
 	hostv1 "cloister.dev/api/host/v1"
-	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 )
 
 // gate is an OCI runtime that waits, while it is shut, before it does what
@@ -53,6 +56,21 @@ func (g gate) set(s *Shim, open bool) {
 	}
 }
 
+// cutOff closes the connection while the runtime serves a call of it.
+func (s *Shim) cutOff(g gate, what string, call func(context.Context) error) {
+	s.t.Helper()
+	g.set(s, false)
+	done := make(chan error, 1)
+	go func() { done <- call(s.ctx()) }()
+	s.await("the runtime's "+what, func() bool { _, err := os.Stat(g.called); return err == nil })
+	s.conn.Close()
+	if err := <-done; err == nil {
+		s.t.Errorf("%s: the caller died and got an answer", what)
+	}
+	s.Connect()
+	g.set(s, true)
+}
+
 // testCallerDies: who asked for a container or an exec dies while the runtime
 // works. The runtime is not killed for that, and what it makes is there when
 // the next caller asks.
@@ -65,16 +83,7 @@ func testCallerDies(s *Shim) {
 	defer s.Remove("cd-host")
 	cut := func(what string, call func(context.Context) error) {
 		s.t.Helper()
-		g.set(s, false)
-		done := make(chan error, 1)
-		go func() { done <- call(s.ctx()) }()
-		s.await("the runtime's "+what, func() bool { _, err := os.Stat(g.called); return err == nil })
-		s.conn.Close()
-		if err := <-done; err == nil {
-			s.t.Errorf("%s: the caller died and got an answer", what)
-		}
-		s.Connect()
-		g.set(s, true)
+		s.cutOff(g, what, call)
 		named.client, named.conn, named.Task, named.Host = s.client, s.conn, s.Task, s.Host
 	}
 
@@ -102,11 +111,9 @@ func testCallerDies(s *Shim) {
 		r, err := s.Host.Inspect(s.ctx(), &hostv1.InspectRequest{Id: "cd-create"})
 		return err == nil && r.Pid != 0
 	})
-	if _, err := s.Task.Start(s.ctx(), &taskapi.StartRequest{ID: "cd-create"}); err != nil {
-		s.t.Error(err)
-	}
-	if r := s.Wait("cd-create"); r.ExitStatus != 5 || r.StatusUnknown {
-		s.t.Errorf("%v", r)
+	_, err := s.Task.Start(s.ctx(), &taskapi.StartRequest{ID: "cd-create"})
+	if r := s.Wait("cd-create"); err != nil || r.ExitStatus != 5 || r.StatusUnknown {
+		s.t.Errorf("%v, %v", r, err)
 	}
 	s.Remove("cd-create")
 
@@ -117,4 +124,59 @@ func testCallerDies(s *Shim) {
 		s.t.Errorf("the exec's status is %d", st)
 	}
 	s.deleteExec("cd-host", "cd-x")
+}
+
+// testKillWhileItStarts: who gave up on a start can end what comes of it.
+func testKillWhileItStarts(s *Shim) {
+	g := s.gate()
+	named := *s
+	named.Binary = g.path
+	named.Run(Container{ID: "ks-host", Args: []string{"sleep", "100"}, Options: onStart})
+	defer s.Remove("ks-host")
+	if err := named.Create(Container{ID: "ks-run", Args: []string{"sleep", "100"}, Options: onStart}); err != nil {
+		s.t.Fatal(err)
+	}
+	f := s.fifos("ks-x")
+	defer f.close()
+	for _, exec := range []string{"", "ks-x"} {
+		id := "ks-run"
+		if exec != "" {
+			id = "ks-host"
+		}
+		g.set(s, false)
+		started := make(chan error, 1)
+		go func() {
+			if exec != "" {
+				started <- named.exec(id, exec, f, false, "sleep", "100")
+				return
+			}
+			_, err := s.Task.Start(s.ctx(), &taskapi.StartRequest{ID: id})
+			started <- err
+		}()
+		s.await("the runtime", func() bool { _, err := os.Stat(g.called); return err == nil })
+		killed := make(chan error, 1)
+		go func() {
+			_, err := s.Task.Kill(s.ctx(), &taskapi.KillRequest{ID: id, ExecID: exec, Signal: 9})
+			killed <- err
+		}()
+		select {
+		case err := <-killed:
+			s.t.Errorf("before it is there it was killed: %v", err)
+			killed <- nil
+		case <-time.After(100 * time.Millisecond): // it waits
+		}
+		g.set(s, true)
+		if err := errors.Join(<-started, <-killed); err != nil {
+			s.t.Error(err)
+		}
+		if exec != "" {
+			if st := s.waitExec(id, exec); st != 137 {
+				s.t.Errorf("the exec's status is %d", st)
+			}
+			s.deleteExec(id, exec)
+		} else if r := s.Wait(id); r.ExitStatus != 137 {
+			s.t.Errorf("%v", r)
+		}
+	}
+	s.Remove("ks-run")
 }

@@ -35,6 +35,7 @@ type Stream struct {
 	mu       sync.Mutex
 	stopping bool
 	flushers []chan error
+	wanted   ending // by the flushers
 	done     chan struct{}
 }
 
@@ -77,9 +78,17 @@ func (s *Stream) Done() <-chan struct{} { return s.done }
 
 // Flush waits until what the container had written before is in the log. It
 // fails when the log cannot be written for a while; writing is tried on.
-func (s *Stream) Flush(ctx context.Context) error {
+func (s *Stream) Flush(ctx context.Context) error { return s.flush(ctx, more) }
+
+// FlushAll is Flush for a container that has ended: an unfinished line is
+// written too, although a process that is just being forked may hold the pipe
+// open and no hang-up be seen yet.
+func (s *Stream) FlushAll(ctx context.Context) error { return s.flush(ctx, last) }
+
+func (s *Stream) flush(ctx context.Context, end ending) error {
 	c := make(chan error, 1)
 	s.mu.Lock()
+	s.wanted = max(s.wanted, end)
 	s.flushers = append(s.flushers, c)
 	s.mu.Unlock()
 	select {
@@ -151,10 +160,9 @@ func (s *Stream) wokenUp(rc syscall.RawConn) (outcome, error) {
 	}
 	s.mu.Lock()
 	s.serving = append(s.serving, s.flushers...)
-	stopping := s.stopping
-	s.flushers = nil
+	stopping, end := s.stopping, s.wanted
+	s.flushers, s.wanted = nil, more
 	s.mu.Unlock()
-	end := more
 	if stopping {
 		end = last
 	}

@@ -261,6 +261,20 @@ func TestFullDisk(t *testing.T) {
 	r.want(want.String())
 }
 
+// The last line of a container that ended is flushed although it is not
+// finished and somebody still holds the pipe open.
+func TestFlushUnfinishedLine(t *testing.T) {
+	r := newRig(t, t.TempDir(), 100)
+	r.stream.Start()
+	r.write("whole\nhalf")
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := r.stream.FlushAll(ctx); err != nil {
+		t.Fatal(err)
+	}
+	r.want("F whole\nP half\n")
+}
+
 // A container's end is not kept back by a log that cannot be written, and what
 // it wrote last is there when there is room again soon.
 func TestFlushOnAFullDisk(t *testing.T) {
