@@ -112,6 +112,7 @@ func (n *Node) configure() error {
 	if err != nil {
 		return err
 	}
+	buf.WriteString(n.opts.Extra)
 	return os.WriteFile(filepath.Join(n.Dir, "config.toml"), buf.Bytes(), 0o644)
 }
 

@@ -47,6 +47,8 @@ type Options struct {
 	Shims map[string]string
 	// Default names the default handler; empty leaves the choice to Cloister.
 	Default string
+	// Extra is appended to the configuration file.
+	Extra string
 	// Trash is a folder on /tmp's file system into which Close moves the node's
 	// instead of deleting it. For minutes after many files were deleted ext4 makes
 	// new ones slowly, which would count against whoever is measured next.
