@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	profile "github.com/containerd/containerd/v2/contrib/apparmor"
@@ -37,15 +39,27 @@ import (
 	"cloister.dev/internal/stream"
 )
 
-// stopTime bounds the wait for running calls when the daemon is asked to stop.
-const stopTime = 10 * time.Second
+const (
+	// stopTime bounds the wait for running calls when the daemon is asked to
+	// stop. Nothing is lost with those that take longer: the next daemon finishes
+	// or undoes what they were about.
+	stopTime = 2 * time.Second
+	// answerTime is how long another daemon may take to answer on the socket.
+	answerTime = 10 * time.Second
+)
 
 // runDaemon opens the services from the bottom up, serves until ctx ends, and
 // closes them from the top down. Pods are not touched by its end.
-func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (err error) {
+func runDaemon(ctx context.Context, cfg config.Config, load func() (config.Config, error), version string, dlog logger) (err error) {
+	log := dlog.Logger
+	reload := &reloader{log: dlog, boot: cfg}
+	reload.heed(ctx)
 	// Two libraries have loggers of their own, for what this log says better.
 	if err := containerdlog.SetLevel("error"); err != nil {
 		return err
+	}
+	for _, w := range cfg.Warnings {
+		log.Warn("configuration", "where", w.Where, "key", w.Key, "message", w.Message)
 	}
 	klog.SetSlogLogger(slog.New(demoted{log.Handler()}).With("source", "streaming"))
 	var open osutil.Undo // every service, newest closed first
@@ -67,16 +81,21 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 		return err
 	}
 	closing("close the network", net.Close)
-	shims, err := openShims(cfg, log, closing)
+	devices, err := openDevicePlugin(ctx, cfg, log, closing)
 	if err != nil {
 		return err
 	}
+	shims, err := openShims(cfg, log, devices, closing)
+	if err != nil {
+		return err
+	}
+	reload.images, reload.net, reload.shims = images, net, shims
 	tells, err := openTelemetry(ctx, cfg, version)
 	if err != nil {
 		return err
 	}
 	closing("close metrics and traces", tells.close)
-	pods, err := openPods(cfg, version, log, podParts{images, net, shims, tells}, closing)
+	pods, err := openPods(cfg, version, log, podParts{images, net, shims, tells, reload, devices}, closing)
 	if err != nil {
 		return err
 	}
@@ -85,14 +104,12 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 		return err
 	}
 	server := cri.New(tells.observe(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
-		Snapshotter: func(handler string) (string, error) {
-			return snapshotter(cfg, handler, cfg.Runtime.Containerd.Runtimes[handler]), nil
-		},
-		Platform: func(handler string) string { return cfg.Images.RuntimePlatforms[handler].Platform }}))
+		Snapshotter: reload.snapshotter, Platform: reload.platform}))
 	loadAppArmor(cfg, log)
 	if err := tells.serve(cfg, pods, log); err != nil {
 		return err
 	}
+	closing("stop following the configuration", reload.follow(load))
 	return serve(ctx, cfg, log, server, pods, images, tells.grpcOptions()...)
 }
 
@@ -102,6 +119,8 @@ type podParts struct {
 	net    network.Attacher
 	shims  *shim.Client
 	tells  *telemetries
+	reload *reloader
+	tees   *devicePlugin
 }
 
 // openPods opens the pod service and, with it, the door for NRI plugins.
@@ -112,6 +131,8 @@ func openPods(cfg config.Config, version string, log *slog.Logger, p podParts, c
 	}
 	o := podOptions(cfg, log, p.images, p.net, p.shims)
 	o.NRI, o.Observer = plugins, p.tells.observer()
+	o.Conditions = func() []pod.Condition { return append(p.reload.conditions(), p.tees.conditions()...) }
+	o.VerboseInfo = p.reload.info
 	pods, err := pod.Open(o)
 	if err != nil {
 		return nil, err
@@ -143,7 +164,7 @@ func (d demoted) Handle(ctx context.Context, r slog.Record) error {
 func (d demoted) WithAttrs(as []slog.Attr) slog.Handler { return demoted{d.Handler.WithAttrs(as)} }
 func (d demoted) WithGroup(name string) slog.Handler    { return demoted{d.Handler.WithGroup(name)} }
 
-func openShims(cfg config.Config, log *slog.Logger, closing func(string, func() error)) (*shim.Client, error) {
+func openShims(cfg config.Config, log *slog.Logger, devices *devicePlugin, closing func(string, func() error)) (*shim.Client, error) {
 	events := filepath.Join(cfg.State, "events.sock")
 	server, err := shim.ServeEvents(events)
 	if err != nil {
@@ -154,7 +175,7 @@ func openShims(cfg config.Config, log *slog.Logger, closing func(string, func() 
 	if err != nil {
 		return nil, err
 	}
-	o.EventsAddress, o.Events = events, server
+	o.EventsAddress, o.Events, o.Ready = events, server, devices.ready
 	shims, err := shim.New(o)
 	if err != nil {
 		return nil, err
@@ -218,19 +239,15 @@ func loadAppArmor(cfg config.Config, log *slog.Logger) {
 	}
 }
 
-// listen makes the socket, which only root may use, in place of a stale one.
+// listen makes the socket, which only root may use, in place of one that
+// nobody serves any more.
 func listen(ctx context.Context, address string) (net.Listener, error) {
 	path := strings.TrimPrefix(address, "unix://")
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("make the socket's folder: %w", err)
 	}
-	dialer := net.Dialer{Timeout: stopTime} // a daemon that hangs is one, too
-	if c, err := dialer.DialContext(ctx, "unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("remove the stale socket: %w", err)
+	if err := removeStale(ctx, path); err != nil {
+		return nil, err
 	}
 	lis, err := net.Listen("unix", path)
 	if err != nil {
@@ -241,6 +258,29 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 		return nil, fmt.Errorf("restrict the socket: %w", err)
 	}
 	return lis, nil
+}
+
+// removeStale removes the socket of a daemon that is gone. Any answer but a
+// refusal may be that of one that lives, such as one too busy to accept.
+func removeStale(ctx context.Context, path string) error {
+	dialer := net.Dialer{Timeout: answerTime}
+	c, err := dialer.DialContext(ctx, "unix", path)
+	switch {
+	case err == nil:
+		c.Close()
+		return fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case !errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("find out whether another daemon serves %s: %w; if none does, remove it", path, err)
+	}
+	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("%s is there and is no socket; remove it, or choose another --address", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the stale socket: %w", err)
+	}
+	return nil
 }
 
 func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) {
@@ -256,6 +296,10 @@ func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) 
 		}
 		return builtin.New(o)
 	}
+	return cni.New(cniOptions(cfg, log))
+}
+
+func cniOptions(cfg config.Config, log *slog.Logger) cni.Options {
 	c := cfg.Runtime.CNI
 	handlers := map[string]cni.Folder{}
 	for name, h := range cfg.Runtime.Containerd.Runtimes {
@@ -263,9 +307,9 @@ func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) 
 			handlers[name] = cni.Folder{Dir: h.CNIConfDir, MaxConfNum: h.CNIMaxConfNum}
 		}
 	}
-	return cni.New(cni.Options{ConfDir: c.ConfDir, BinDirs: c.BinDirs, MaxConfNum: c.MaxConfNum, SetupSerially: c.SetupSerially,
+	return cni.Options{ConfDir: c.ConfDir, BinDirs: c.BinDirs, MaxConfNum: c.MaxConfNum, SetupSerially: c.SetupSerially,
 		Handlers: handlers, ConfTemplate: c.ConfTemplate,
-		IPPref: c.IPPref, CacheDir: filepath.Join(cfg.Root, "cni"), StateDir: filepath.Join(cfg.Root, "network"), Log: log})
+		IPPref: c.IPPref, CacheDir: filepath.Join(cfg.Root, "cni"), StateDir: filepath.Join(cfg.Root, "network"), Log: log}
 }
 
 func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
@@ -275,15 +319,14 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 	if o.Binary, err = shimProgram(cfg.Cloister.Shim); err != nil {
 		return o, err
 	}
-	if len(cfg.Runtime.Containerd.Runtimes) == 0 {
-		for name, r := range shim.Found() {
-			r.SystemdCgroup = cfg.Cloister.CgroupDriver == "systemd"
-			r.NoCgroup = cfg.Cloister.DisableCgroup
-			if r.Rlimits, err = rlimits(cfg, name); err != nil {
-				return o, err
-			}
-			o.Runtimes[name] = r
+	systemd := cfg.SystemdCgroup()
+	for name, r := range shim.Found() {
+		r.SystemdCgroup = systemd
+		r.NoCgroup = cfg.Cloister.DisableCgroup
+		if r.Rlimits, err = rlimits(cfg, name); err != nil {
+			return o, err
 		}
+		o.Runtimes[name] = r // unless it is configured
 	}
 	for name, h := range cfg.Runtime.Containerd.Runtimes {
 		r := shim.Runtime{Type: h.RuntimeType, Path: h.RuntimePath, Options: h.Options, Snapshotter: snapshotter(cfg, name, h),
@@ -347,8 +390,6 @@ func podOptions(cfg config.Config, log *slog.Logger, images *image.Store, net ne
 		CgroupParent: cgroupParent(cfg.State),
 		LogMaxLine:   int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
 		DrainExecSync: r.DrainExecSyncIOTimeout.Duration, StatsPeriod: r.StatsCollectPeriod.Duration,
-		VerboseInfo: map[string]any{"stateDir": cfg.State, "rootDir": cfg.Root, "address": cfg.Address,
-			"network": cfg.Cloister.Network, "snapshotter": cfg.Images.Snapshotter, "files": cfg.Files},
 	}
 	if !r.NetNSMountsUnderStateDir {
 		o.NetNSDir = "/var/run/netns"

@@ -11,7 +11,6 @@ import (
 	"github.com/containerd/containerd/v2/pkg/blockio"
 	"github.com/containerd/containerd/v2/pkg/rdt"
 	"github.com/containerd/containerd/v2/pkg/seccomp"
-	goresctrl "github.com/intel/goresctrl/pkg/rdt"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"github.com/opencontainers/selinux/go-selinux"
 
@@ -65,11 +64,9 @@ func classes(cfg config.Config, log *slog.Logger) oci.Classes {
 	if err := rdt.SetConfig(t.RDTConfigFile); err != nil {
 		log.Error("RDT classes are off", "file", t.RDTConfigFile, "err", err)
 	} else if rdt.IsEnabled() {
-		c.RDT = func(class string) error {
-			if _, ok := goresctrl.GetClass(class); !ok {
-				return fmt.Errorf("%s does not define it", t.RDTConfigFile)
-			}
-			return nil
+		c.RDT = func(container string, annotations, podAnnotations map[string]string) error {
+			_, err := rdt.ContainerClassFromAnnotations(container, annotations, podAnnotations)
+			return err
 		}
 	}
 	return c

@@ -49,11 +49,15 @@ type Config struct {
 	DisabledPlugins []string
 	Cgroup          Cgroup
 	Cloister        Cloister
+	// DevicePlugin is [device_plugin].
+	DevicePlugin DevicePlugin
 
 	// Warnings are about keys of the files that are old, or have no effect.
 	Warnings []Warning
 	// Files are the files that were read, in order; empty when none was there.
 	Files []string
+	// Folders are where those files are, and where others are looked for.
+	Folders []string
 	// Ephemeral comes from the command line: a clean stop also ends the resident
 	// shims in which nothing runs.
 	Ephemeral bool

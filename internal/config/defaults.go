@@ -39,6 +39,7 @@ func Default() Config {
 				Subnets: []string{"10.87.0.0/16", "fd4c:6c73:7472::/64"},
 			},
 		},
+		DevicePlugin: defaultDevicePlugin(),
 	}
 }
 

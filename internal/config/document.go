@@ -43,7 +43,8 @@ type document struct {
 	// ProxyPlugins are snapshotters that other programs serve, by name.
 	ProxyPlugins *map[string]ProxyPlugin `toml:"proxy_plugins" since:"1.1"`
 
-	Cloister *Cloister `toml:"cloister"`
+	Cloister     *Cloister     `toml:"cloister"`
+	DevicePlugin *DevicePlugin `toml:"device_plugin"`
 }
 
 // debugTable is [debug]: the log.
@@ -70,7 +71,7 @@ func documentOf(c *Config) document {
 		Debug:  debugTable{&c.LogLevel, &c.LogFormat, &c.LogTraceID},
 		Cgroup: &c.Cgroup, Timeouts: &c.Timeouts,
 		Plugins:          pluginTables{&c.Images, &c.Runtime, &c.Streaming, &c.Plugins},
-		StreamProcessors: &c.StreamProcessors, ProxyPlugins: &c.ProxyPlugins, Cloister: &c.Cloister,
+		StreamProcessors: &c.StreamProcessors, ProxyPlugins: &c.ProxyPlugins, Cloister: &c.Cloister, DevicePlugin: &c.DevicePlugin,
 	}
 }
 

@@ -61,6 +61,11 @@ func (l *loader) loadFiles(queue ...pending) error {
 	for ; len(queue) > 0; queue = queue[1:] {
 		p := queue[0]
 		files := []string{p.path}
+		for _, dir := range foldersOf(files) {
+			if !slices.Contains(l.config.Folders, dir) {
+				l.config.Folders = append(l.config.Folders, dir)
+			}
+		}
 		if hasWildcard(p.path) {
 			var err error
 			if files, err = filepath.Glob(p.path); err != nil {

@@ -109,6 +109,17 @@ func (h Handler) DecodeOptions(target any) error {
 	return nil
 }
 
+// SystemdCgroup tells whether cgroups are made through systemd: the handlers of
+// a node have one driver, and those that nobody configured have it too.
+func (c Config) SystemdCgroup() bool {
+	for _, h := range c.Runtime.Containerd.Runtimes {
+		if o, err := h.RuncOptions(); err == nil && h.IsRunc() && o.SystemdCgroup {
+			return true
+		}
+	}
+	return c.Cloister.CgroupDriver == "systemd"
+}
+
 // checkOptions judges the options of a handler by its runtime_type.
 func (h Handler) checkOptions() error {
 	t, ok := optionTypes()[h.RuntimeType]

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"regexp"
@@ -64,6 +65,9 @@ type setting struct {
 // scan lists the settings of a file in their order, without judging them. A
 // list of tables is one setting.
 func scan(path string, data []byte) ([]setting, error) {
+	if bytes.Count(data, []byte("=")) > 2*maxSettings { // before the parser, whose time grows with the square
+		return nil, place{path, 1}.fault("there are more than %d settings", maxSettings)
+	}
 	var values map[string]any
 	if err := toml.Unmarshal(data, &values); err != nil {
 		return nil, syntaxError(path, err)
@@ -90,7 +94,7 @@ func scan(path string, data []byte) ([]setting, error) {
 }
 
 // maxSettings bounds one file: a configuration is written by people.
-const maxSettings = 10_000
+const maxSettings = 5_000
 
 func syntaxError(path string, err error) error {
 	var de *toml.DecodeError

@@ -78,8 +78,9 @@ type CNI struct {
 
 // Containerd is the table containerd of Runtime: the runtime handlers.
 type Containerd struct {
-	// DefaultRuntimeName is the handler of pods that name none. Empty: the
-	// best of "crun" and "runc" that a probe finds working.
+	// DefaultRuntimeName is the handler of pods that name none. Empty: the first
+	// that a probe finds working of "crun", "runc" and the others of Runtimes, and
+	// then of those that were found on the machine.
 	DefaultRuntimeName string `toml:"default_runtime_name" since:"1.3"`
 	// Runtimes are the handlers by name. The OCI runtimes that are found on the
 	// machine have handlers besides: runc, crun, and gvisor for runsc.

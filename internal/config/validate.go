@@ -6,6 +6,7 @@ import (
 	"maps"
 	"net/netip"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -54,6 +55,7 @@ func (l *loader) validate() error {
 	j.handlers(&c.Runtime.Containerd)
 	j.streaming(&c.Streaming)
 	j.cloister(&c.Cloister)
+	j.devicePlugin(&c.DevicePlugin)
 	return errors.Join(j.faults...)
 }
 
@@ -106,17 +108,23 @@ func (j *judge) runtime(c *Runtime) {
 	}
 }
 
+// shimType is the form of a runtime_type out of which a shim's name is made.
+var shimType = regexp.MustCompile(`^io\.containerd\.[a-z0-9-]+\.v[0-9]+$`)
+
 func (j *judge) handlers(c *Containerd) {
 	for _, name := range slices.Sorted(maps.Keys(c.Runtimes)) {
 		j.handler(plugin(runtimePlugin, "containerd", "runtimes", name), c.Runtimes[name])
 	}
 	_, ok := c.Runtimes[c.DefaultRuntimeName]
-	j.require(ok || c.DefaultRuntimeName == "" || len(c.Runtimes) == 0, plugin(runtimePlugin, "containerd", "default_runtime_name"),
+	found := slices.Contains([]string{"", "runc", "crun", "gvisor"}, c.DefaultRuntimeName) // the daemon looks for it
+	j.require(ok || found || len(c.Runtimes) == 0, plugin(runtimePlugin, "containerd", "default_runtime_name"),
 		"is %q, but the runtimes are %q", c.DefaultRuntimeName, slices.Sorted(maps.Keys(c.Runtimes)))
 }
 
 func (j *judge) handler(at keyPath, h Handler) {
 	j.require(h.RuntimeType != "" || h.RuntimePath != "", at, "has no runtime_type; io.containerd.runc.v2 serves runc, crun and runsc")
+	j.require(h.RuntimeType == "" || h.RuntimePath != "" || shimType.MatchString(h.RuntimeType), at.and("runtime_type"),
+		"is %q; it has the form io.containerd.NAME.VERSION, or runtime_path names the shim", h.RuntimeType)
 	j.require(h.RuntimePath == "" || filepath.IsAbs(h.RuntimePath), at.and("runtime_path"), "has to be absolute")
 	j.require(h.BaseRuntimeSpec == "" || filepath.IsAbs(h.BaseRuntimeSpec), at.and("base_runtime_spec"), "has to be absolute")
 	j.require(h.PrivilegedWithoutHostDevices || !h.PrivilegedWithoutHostDevicesAllDevicesAllowed,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 
+	"github.com/containerd/errdefs"
 	"github.com/containerd/nri/pkg/api"
 )
 
@@ -84,5 +85,5 @@ func veto(event string, err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("an NRI plugin refused %s: %w", event, err)
+	return fmt.Errorf("an NRI plugin refused %s: %w: %w", event, err, errdefs.ErrFailedPrecondition)
 }

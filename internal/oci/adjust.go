@@ -55,7 +55,7 @@ func editor(spec *specs.Spec, node Node) *generate.Generator {
 			if node.Classes.RDT == nil {
 				return nil, errNoRDT
 			}
-			return &specs.LinuxIntelRdt{ClosID: class}, node.Classes.RDT(class)
+			return &specs.LinuxIntelRdt{ClosID: class}, nil
 		}),
 		generate.WithResourceChecker(func(r *specs.LinuxResources) error {
 			k, err := thisKernel()

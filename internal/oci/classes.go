@@ -4,7 +4,8 @@ import (
 	"errors"
 
 	"github.com/containerd/containerd/v2/pkg/blockio"
-	"github.com/containerd/containerd/v2/pkg/rdt"
+	"github.com/intel/goresctrl/pkg/kubernetes"
+	"github.com/intel/goresctrl/pkg/rdt"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 )
 
@@ -13,8 +14,9 @@ import (
 type Classes struct {
 	// BlockIO gives the limits and weights of a blockio class.
 	BlockIO func(class string) (*specs.LinuxBlockIO, error)
-	// RDT tells whether a class of cache and memory bandwidth exists.
-	RDT func(class string) error
+	// RDT tells whether a container may have the class of cache and memory
+	// bandwidth that annotations of it, or of its pod, name.
+	RDT func(container string, annotations, podAnnotations map[string]string) error
 	// IgnoreNoBlockIO and IgnoreNoRDT run a container without its class where
 	// the node has none, instead of refusing it.
 	IgnoreNoBlockIO, IgnoreNoRDT bool
@@ -56,23 +58,18 @@ func (b *builder) setBlockIO() error {
 func (b *builder) setRDT() error {
 	name, own, pods := b.in.Config.GetMetadata().GetName(), b.in.Config.GetAnnotations(), b.in.Sandbox.GetAnnotations()
 	c := b.in.Node.Classes
-	check := c.RDT
-	if check == nil {
-		check = func(string) error { return errNoRDT }
-	}
-	class, err := rdt.ContainerClassFromAnnotations(name, own, pods)
-	if err != nil {
-		return invalid("RDT class of container", name, err.Error())
-	}
-	if class == "" {
+	class, _ := kubernetes.ContainerClassFromAnnotations(rdt.RdtContainerAnnotation, rdt.RdtPodAnnotation,
+		rdt.RdtPodAnnotationContainerPrefix, name, own, pods)
+	switch {
+	case class == "":
 		return nil
-	}
-	err = check(class)
-	if errors.Is(err, errNoRDT) && c.IgnoreNoRDT {
+	case c.RDT == nil && c.IgnoreNoRDT:
 		b.warn("RDT class %s is ignored: this node has no RDT classes", show(class))
 		return nil
+	case c.RDT == nil:
+		return impossible("RDT class", class, errNoRDT.Error())
 	}
-	if err != nil {
+	if err := c.RDT(name, own, pods); err != nil {
 		return impossible("RDT class", class, err.Error())
 	}
 	b.spec.Linux.IntelRdt = &specs.LinuxIntelRdt{ClosID: class}

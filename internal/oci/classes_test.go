@@ -56,8 +56,8 @@ func TestRDTClass(t *testing.T) {
 	if res := build(t, in); res.Spec.Linux.IntelRdt != nil || len(res.Warnings) == 0 {
 		t.Errorf("ignored: %v, warnings %q", res.Spec.Linux.IntelRdt, res.Warnings)
 	}
-	in.Node.Classes.RDT = func(class string) error {
-		if class != "gold" {
+	in.Node.Classes.RDT = func(_ string, _, podAnnotations map[string]string) error {
+		if podAnnotations[pods] != "gold" {
 			return errors.New("no such class")
 		}
 		return nil

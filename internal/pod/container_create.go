@@ -82,7 +82,15 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 	if err := s.changeContainer(c, func(r *containerRecord) { r.LogPath = logPath }); err != nil {
 		return err
 	}
-	undo.Add("take the half-made container down", func(ctx context.Context) error { return s.discardContainer(ctx, c) })
+	undo.Add("take the half-made container down", func(ctx context.Context) error {
+		err := s.discardContainer(ctx, c)
+		if err != nil { // its lock is ours until we return
+			s.work.Go(func() {
+				s.inBackground(c.op, c.record().ID, func(ctx context.Context) error { return s.discardContainer(ctx, c) })
+			})
+		}
+		return err
+	})
 
 	in, err := s.makeFiles(ctx, sb, img, c, stage)
 	if err != nil {
@@ -117,8 +125,11 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 }
 
 // discardContainer takes down a container that its client never got. When it
-// fails, the record stays for a removal, or the next start, to try again.
+// fails, the record stays for a repeat.
 func (s *Service) discardContainer(ctx context.Context, c *container) error {
+	if c.removed() {
+		return nil
+	}
 	if c.announced {
 		s.tellRemoval(ctx, c)
 	}
@@ -185,10 +196,12 @@ func (s *Service) writeSpec(ctx context.Context, sb *sandbox, c *container, in o
 // finds it.
 func (s *Service) makeRootfs(ctx context.Context, sb *sandbox, c *container, img image.Image) (string, error) {
 	rootfs := filepath.Join(c.record().Bundle, "rootfs")
-	for _, d := range []string{c.record().Bundle, rootfs} {
-		if err := os.Mkdir(d, 0o711); err != nil {
-			return "", fmt.Errorf("make the container's bundle: %w", err)
-		}
+	err := makeClosed(c.record().Bundle, rootOf(sb.record().GIDs))
+	if err == nil {
+		err = os.Mkdir(rootfs, 0o711)
+	}
+	if err != nil {
+		return "", fmt.Errorf("make the container's bundle: %w", err)
 	}
 	o := image.RootfsOptions{Snapshotter: sb.handler.Runtime.Snapshotter, Volatile: true,
 		UIDs: imageMappings(sb.record().UIDs), GIDs: imageMappings(sb.record().GIDs)}

@@ -84,15 +84,18 @@ func (st *started) finish(ctx context.Context) {
 	if st.exec.Delete(ctx) == nil {
 		return
 	}
-	// It runs still: the client went away or its time is over.
+	// It runs still, or is being started: the client went away or its time is
+	// over.
 	err := st.exec.Kill(ctx, syscall.SIGKILL)
 	if err == nil {
 		_, err = st.exec.Wait(ctx)
 	}
-	if err == nil {
-		err = st.exec.Delete(ctx)
+	if e := st.exec.Delete(ctx); e == nil { // which also tells of one that could not be killed
+		return
+	} else if err == nil {
+		err = e
 	}
-	if err != nil && !errdefs.IsNotFound(err) {
+	if !errdefs.IsNotFound(err) {
 		st.log.Warn("a process of an exec was left", "container", st.exec.ID, "exec", st.exec.ExecID, "err", err)
 	}
 }

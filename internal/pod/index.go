@@ -81,6 +81,13 @@ func (c *container) record() *containerRecord { return c.snap.Load() }
 func (sb *sandbox) get() Sandbox    { return sb.record().Sandbox }
 func (c *container) get() Container { return c.record().Container }
 
+// removed tells whether its record was deleted.
+func (c *container) removed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.gone
+}
+
 func (c *container) task(s *Service) shim.Task {
 	v := c.get()
 	return c.handler.Task(v.ID, v.SandboxID, s.podDir(v.SandboxID))

@@ -156,6 +156,9 @@ func (s *Service) NRIState() ([]*api.PodSandbox, []*api.Container) {
 func (s *Service) NRIUpdate(ctx context.Context, updates []*api.ContainerUpdate) []*api.ContainerUpdate {
 	var failed []*api.ContainerUpdate
 	for _, u := range updates {
+		if u == nil {
+			continue
+		}
 		if err := s.applyUpdate(ctx, u); err != nil && !u.IgnoreFailure {
 			s.log.Warn("update a container for an NRI plugin", "container", u.ContainerId, "err", err)
 			failed = append(failed, u)
@@ -197,6 +200,9 @@ func (s *Service) adjustUpdate(ctx context.Context, c *container, spec *specs.Sp
 	}
 	var others []*api.ContainerUpdate
 	for _, u := range resp.GetUpdate() {
+		if u == nil { // the place of this container, for which no plugin wants anything
+			continue
+		}
 		if u.ContainerId != c.record().ID {
 			others = append(others, u)
 			continue

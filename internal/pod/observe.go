@@ -113,11 +113,11 @@ func (s *Service) Counts() (pods, containers map[string]int) {
 // Working tells which handlers work: 1 or 0 by name, without those whose probe
 // is still under way.
 func (s *Service) Working() map[string]int {
-	over, cancel := context.WithCancel(context.Background())
-	cancel()
 	all := map[string]int{}
 	for _, h := range s.o.Shims.Handlers() {
-		f, err := h.Features(over)
+		ctx, cancel := context.WithTimeout(s.ctx, time.Millisecond)
+		f, err := h.Features(ctx)
+		cancel()
 		switch {
 		case err != nil:
 		case f.Works:

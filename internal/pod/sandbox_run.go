@@ -96,29 +96,16 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	if err := s.changeSandbox(sb, func(r *sandboxRecord) { r.ProcessLabel, r.MountLabel = process, mount }); err != nil {
 		return err
 	}
-	undo.Add("take the half-made pod down", func(ctx context.Context) error {
-		err := s.takeDown(ctx, sb)
-		if err != nil {
-			s.inBackground(sb, func(ctx context.Context) error { return s.takeDown(ctx, sb) })
-		}
-		return err
-	})
+	undo.Add("take the half-made pod down", func(ctx context.Context) error { return s.discardSandbox(ctx, sb) })
 
 	stage("making namespaces")
 	if err := s.makeFolder(sb); err != nil {
 		return err
 	}
 
-	attached := &network.Result{}
-	if sb.record().NetworkUp {
-		stage("attaching the network")
-		err := timed(s.o.Observer.Network, "attach", func() (err error) {
-			attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
-			return err
-		})
-		if err != nil {
-			return fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
-		}
+	attached, err := s.attachNetwork(ctx, sb, stage)
+	if err != nil {
+		return err
 	}
 
 	stage("starting the sandbox on its shim")
@@ -156,6 +143,32 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	return nil
 }
 
+// discardSandbox takes down a sandbox that its client never got, in the
+// background when that fails at first.
+func (s *Service) discardSandbox(ctx context.Context, sb *sandbox) error {
+	err := s.takeDown(ctx, sb)
+	if err != nil {
+		s.inBackground(sb.op, sb.record().ID, func(ctx context.Context) error { return s.takeDown(ctx, sb) })
+	}
+	return err
+}
+
+// attachNetwork gives a pod that has a network of its own its interface.
+func (s *Service) attachNetwork(ctx context.Context, sb *sandbox, stage func(string)) (attached *network.Result, err error) {
+	if !sb.record().NetworkUp {
+		return &network.Result{}, nil
+	}
+	stage("attaching the network")
+	err = timed(s.o.Observer.Network, "attach", func() (err error) {
+		attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
+	}
+	return attached, nil
+}
+
 // usable tells why nothing can be started in the sandbox any more, if so.
 // After it, the handler's features are known, of a recovered sandbox too.
 func (sb *sandbox) usable(ctx context.Context) error {
@@ -171,7 +184,7 @@ func (sb *sandbox) usable(ctx context.Context) error {
 // and the files under /etc.
 func (s *Service) makeFolder(sb *sandbox) error {
 	dir := s.podDir(sb.record().ID)
-	if err := mountFolder(dir); err != nil {
+	if err := mountFolder(dir, rootOf(sb.record().GIDs)); err != nil {
 		return err
 	}
 	n := sandboxNamespaces(dir, sb)

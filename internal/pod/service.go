@@ -47,7 +47,7 @@ type Options struct {
 	DrainExecSync time.Duration
 	StatsPeriod   time.Duration              // statistics are no older than this
 	PodRanges     func([]netip.Prefix) error // takes the node's pod ranges; nil: nobody wants them
-	VerboseInfo   map[string]any             // the configuration, as Status shows it
+	VerboseInfo   func() map[string]any      // the configuration, as Status shows it
 	Conditions    func() []Condition         // further conditions of Status
 }
 

@@ -105,8 +105,12 @@ func (s *Service) statusInfo(ctx context.Context) (map[string]string, error) {
 		handlers[h.Name] = map[string]any{"type": h.Runtime.Type, "works": f.Works, "reason": f.Reason, "path": f.Path,
 			"version": f.Version, "ociVersion": f.OCIVersion, "probeMillis": f.Millis}
 	}
+	var config map[string]any
+	if s.o.VerboseInfo != nil {
+		config = s.o.VerboseInfo()
+	}
 	info := map[string]string{}
-	for key, v := range map[string]any{"config": s.o.VerboseInfo, "handlers": handlers, "golang": runtime.Version(), "goroutines": runtime.NumGoroutine()} {
+	for key, v := range map[string]any{"config": config, "handlers": handlers, "golang": runtime.Version(), "goroutines": runtime.NumGoroutine()} {
 		b, err := json.Marshal(v)
 		if err != nil {
 			return nil, fmt.Errorf("encode the verbose status: %w", err)

@@ -55,6 +55,8 @@ func (s *Service) setResources(ctx context.Context, c *container, spec *specs.Sp
 		if err := c.task(s).Update(ctx, res); err != nil {
 			return fmt.Errorf("update the resources of container %q: %w", c.record().Config.Metadata.Name, err)
 		}
+	} else {
+		oci.DropUnlimited(res)
 	}
 	spec.Linux.Resources = res
 	data, err := json.Marshal(spec)

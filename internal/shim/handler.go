@@ -8,7 +8,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 
@@ -44,6 +43,7 @@ type Runtime struct {
 	CgroupWritable bool                `json:",omitempty"`
 	ReadOnlyMounts string              `json:",omitempty"` // treat_ro_mounts_as_rro
 	Rlimits        []specs.POSIXRlimit `json:",omitempty"`
+	Found          bool                `json:",omitempty"` // nobody configured it: it is on the machine
 }
 
 // containerType is the runtime_type that the resident container backend serves.
@@ -53,13 +53,13 @@ func (r Runtime) resident() bool {
 	return r.Type == containerType && r.Path == "" && !r.ForceExternal
 }
 
-// Found gives a handler for each OCI runtime in PATH: what a node has whose
-// administrator configured none.
+// Found gives a handler for each OCI runtime in PATH: what a node has beside
+// the handlers that its administrator configured.
 func Found() map[string]Runtime {
 	found := map[string]Runtime{}
 	for handler, program := range map[string]string{"runc": "runc", "crun": "crun", "gvisor": "runsc"} {
 		if _, err := exec.LookPath(program); err == nil {
-			found[handler] = Runtime{Type: containerType, Binary: program}
+			found[handler] = Runtime{Type: containerType, Binary: program, Found: true}
 		}
 	}
 	return found
@@ -87,12 +87,16 @@ type Options struct {
 	LogLevel      string
 	Runtimes      map[string]Runtime
 	Default       string // handler for "", empty: the best one that works
-	Log           *slog.Logger
+	// Ready tells why a handler that works cannot be used now, as when the device
+	// that it needs is lost. It is asked again and again and may be nil.
+	Ready func(handler string) error
+	Log   *slog.Logger
 }
 
 // Client knows the handlers of the node and their shims.
 type Client struct {
 	o         Options
+	self      string // this program, which external shims are told of
 	container *resident
 	log       *slog.Logger
 
@@ -125,7 +129,11 @@ type trial struct {
 // New starts probing all handlers in the background; Close ends it. Running
 // shims are not touched by Close.
 func New(o Options) (*Client, error) {
-	c := &Client{o: o, log: o.Log, externals: map[string]*external{}, kept: map[string]*Handler{}}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("find this program: %w", err)
+	}
+	c := &Client{o: o, self: self, log: o.Log, externals: map[string]*external{}, kept: map[string]*Handler{}}
 	c.container = newResident(filepath.Join(o.State, "container"), o.Binary, o.LogLevel, o.Log)
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	if err := c.Reload(o.Runtimes, o.Default); err != nil {
@@ -157,7 +165,8 @@ func (c *Client) Handlers() []*Handler {
 	return hs
 }
 
-// Lookup gives the handler called name without asking whether it works.
+// Lookup gives the handler called name, "" being the one that is configured as
+// the default, without asking whether it works.
 func (c *Client) Lookup(name string) (*Handler, error) {
 	return c.current().lookup(name)
 }
@@ -188,10 +197,6 @@ func (s handlerSet) working(ctx context.Context, name string) (*Handler, error) 
 	return h, nil
 }
 
-// preference orders the handlers that may become the default one: the faster
-// runtime first.
-var preference = [...]string{"crun", "runc"}
-
 // Default gives the handler for pods that name none.
 func (c *Client) Default(ctx context.Context) (*Handler, error) { return c.best(ctx, c.current()) }
 
@@ -199,21 +204,12 @@ func (c *Client) best(ctx context.Context, set handlerSet) (*Handler, error) {
 	if set.def != "" {
 		return set.working(ctx, set.def)
 	}
-	if set.chosen != nil {
+	if set.chosen != nil && (c.o.Ready == nil || c.o.Ready(set.chosen.Name) == nil) {
 		return set.chosen, nil
 	}
 	var reasons []string
-	order := slices.Clone(preference[:])
-	for _, n := range set.names() {
-		if !slices.Contains(order, n) && set.byName[n].Runtime.Type == containerType {
-			order = append(order, n)
-		}
-	}
-	for _, n := range order {
+	for _, n := range set.order() {
 		h := set.byName[n]
-		if h == nil {
-			continue
-		}
 		f, err := h.Features(ctx)
 		if err != nil {
 			return nil, err
@@ -228,11 +224,18 @@ func (c *Client) best(ctx context.Context, set handlerSet) (*Handler, error) {
 		strings.Join(reasons, "; "), errdefs.ErrFailedPrecondition)
 }
 
-// Features waits for the handler's probe and gives its result.
+// Features waits for the handler's probe and gives its result, as far as what
+// the handler needs is there.
 func (h *Handler) Features(ctx context.Context) (Features, error) {
 	select {
 	case <-h.trial.done:
-		return h.trial.features, nil
+		f := h.trial.features
+		if ready := h.client.o.Ready; f.Works && ready != nil {
+			if err := ready(h.Name); err != nil {
+				f.Works, f.Reason = false, err.Error()
+			}
+		}
+		return f, nil
 	case <-ctx.Done():
 		return Features{}, fmt.Errorf("wait for the probe of handler %q: %w", h.Name, ctx.Err())
 	}

@@ -2,6 +2,7 @@ package shim
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -36,8 +37,27 @@ func (c *Client) choose(h *Handler) {
 
 func (s handlerSet) names() []string { return slices.Sorted(maps.Keys(s.byName)) }
 
+// preference orders the handlers that may become the default one: the faster
+// runtime first.
+var preference = [...]string{"crun", "runc"}
+
+// order lists the handlers that may become the default one: configured ones
+// before those that were found, then by preference, then by name.
+func (s handlerSet) order() []string {
+	var all []string
+	for _, found := range []bool{false, true} {
+		for _, n := range slices.Concat(preference[:], s.names()) {
+			h := s.byName[n]
+			if h != nil && h.Runtime.Type == containerType && h.Runtime.Found == found && !slices.Contains(all, n) {
+				all = append(all, n)
+			}
+		}
+	}
+	return all
+}
+
 func (s handlerSet) lookup(name string) (*Handler, error) {
-	h := s.byName[name]
+	h := s.byName[cmp.Or(name, s.def)]
 	if h == nil {
 		return nil, fmt.Errorf("runtime handler %q is not configured; there are %s: %w",
 			name, strings.Join(s.names(), ", "), errdefs.ErrInvalidArgument)

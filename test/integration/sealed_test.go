@@ -39,7 +39,7 @@ func TestEncryptedImage(t *testing.T) {
 	if out := tool(t, []string{"DOCKER_CONFIG=" + filepath.Dir(login)}, "image", "inspect", ref, "--keys", keys); !strings.Contains(out, "jwe") || !strings.Contains(out, "yes") {
 		t.Errorf("inspect says %s", out)
 	}
-	n := own(t, testnode.Options{Extra: fmt.Sprintf(`
+	n := own(t, testnode.Options{Extra: fmt.Sprintf(`version = 3
 [cloister.credentials]
 docker_configs = [%q]
 

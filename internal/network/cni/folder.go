@@ -7,6 +7,8 @@ import (
 	"sync"
 
 	"github.com/containerd/errdefs"
+
+	"cloister.dev/internal/osutil/watch"
 )
 
 // Folder is a configuration folder.
@@ -20,7 +22,7 @@ type Folder struct {
 type folder struct {
 	Folder
 	log   *slog.Logger
-	watch *watcher
+	watch *watch.Watcher
 
 	mu       sync.Mutex
 	networks []confNetwork // replaced, never changed
@@ -33,7 +35,7 @@ func openFolder(at Folder, log *slog.Logger) *folder {
 	f := &folder{Folder: at, log: log}
 	f.reload()
 	var err error
-	if f.watch, err = watch(f.Dir, f.reload); err != nil {
+	if f.watch, err = watch.Folder(f.Dir, f.reload); err != nil {
 		// Without it the folder is read when there is need.
 		log.Warn("changes of the cni config folder will not be noticed", "dir", f.Dir, "err", err)
 	}
@@ -44,7 +46,7 @@ func (f *folder) close() error {
 	if f.watch == nil {
 		return nil
 	}
-	return f.watch.close()
+	return f.watch.Close()
 }
 
 func (f *folder) reload() {

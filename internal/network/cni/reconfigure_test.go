@@ -21,7 +21,10 @@ func TestReconfigure(t *testing.T) {
 	first, second := filepath.Join(dir, "a"), filepath.Join(dir, "b")
 	write(t, filepath.Join(first, "10.conflist"), fmt.Sprintf(bridgeList, dir, "1.0.0"), 0o644)
 	write(t, filepath.Join(second, "20.conflist"), fmt.Sprintf(ptpList, dir, "1.0.0"), 0o644)
-	options := func(o *Options) { o.ConfDir = first; o.Handlers = map[string]Folder{"vm": {Dir: second, MaxConfNum: 1}} }
+	options := func(o *Options) {
+		o.ConfDir = first
+		o.Handlers = map[string]Folder{"vm": {Dir: second, MaxConfNum: 1}}
+	}
 	a := start(t, dir, options)
 	defer a.Close()
 	same := a.now.Load().folders["vm"]
