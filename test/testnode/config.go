@@ -59,6 +59,10 @@ BinaryName = "runc"
 {{- if .Guests}}
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.vm]
 runtime_type = "io.containerd.cloister-vm.v2"
+{{- if not .Cloister}}
+sandboxer = "shim"
+disable_pause_image_pull = true
+{{- end}}
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.vm.options]
 guests = "{{.Guests}}"
 accel = "auto"
@@ -125,7 +129,7 @@ func (n *Node) configure() error {
 		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Subnet, Guests string
 		Handlers, Shims                                                                       map[string]string
 		GuestOptions                                                                          []string
-		Cloister                                                                      bool
+		Cloister                                                                              bool
 	}{
 		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, subnet, n.opts.Guests,
 		handlers, n.opts.Shims, n.opts.GuestOptions, n.opts.Runtime == Cloister,
