@@ -99,6 +99,7 @@ install: build ## into PREFIX (/usr/local), with the systemd unit and shell comp
 	install -D -m 0755 bin/cloister $(DESTDIR)$(PREFIX)/bin/cloister
 	install -D -m 0755 bin/cloister-shim $(DESTDIR)$(PREFIX)/bin/cloister-shim
 	install -D -m 0755 bin/cloister-teec $(DESTDIR)$(PREFIX)/bin/cloister-teec
+	for name in cloister cloister-vm; do ln -sf cloister-shim $(DESTDIR)$(PREFIX)/bin/containerd-shim-$$name-v2; done
 	install -d $(DESTDIR)/etc/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	sed 's|@PREFIX@|$(PREFIX)|' deploy/cloister.service >$(DESTDIR)/etc/systemd/system/cloister.service
 	bin/cloister completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/cloister

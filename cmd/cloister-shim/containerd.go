@@ -35,6 +35,7 @@ func underContainerd(ctx context.Context, args []string, stdin io.Reader, stdout
 	fs.StringVar(&c.Address, "address", "", "containerd's socket")
 	bundle := fs.String("bundle", ".", "folder of the sandbox")
 	showVersion := fs.Bool("v", false, "print the version")
+	info := fs.Bool("info", false, "print what containerd asks a shim about itself, as a message")
 	for _, unused := range [...]string{"publish-binary", "socket"} {
 		fs.String(unused, "", "not needed")
 	}
@@ -50,6 +51,8 @@ func underContainerd(ctx context.Context, args []string, stdin io.Reader, stdout
 		case *showVersion:
 			_, err = fmt.Fprintln(stdout, fs.Name(), version())
 			return err
+		case *info:
+			return c.Info(stdout, version())
 		case c.ID == "" || c.Namespace == "":
 			return errors.New("this program is run by containerd, as a shim")
 		case action == "start":

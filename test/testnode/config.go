@@ -63,6 +63,10 @@ BinaryName = "runc"
 {{- if .Guests}}
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.vm]
 runtime_type = "io.containerd.cloister-vm.v2"
+{{- if not .Cloister}}
+sandboxer = "shim"
+disable_pause_image_pull = true
+{{- end}}
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.vm.options]
 guests = "{{.Guests}}"
 accel = "auto"

@@ -59,7 +59,8 @@ type Options struct {
 	// Shims are external shims (runtime_path) that run runc, by handler name.
 	Shims map[string]string
 	// Guests is a folder of guests for virtual machines. With it there is a
-	// handler "vm", which takes KVM where it works and else TCG.
+	// handler "vm", which takes KVM where it works and else TCG. Containerd finds
+	// containerd-shim-cloister-vm-v2 in PATH.
 	Guests string
 	// GuestOptions are more lines for that handler's options.
 	GuestOptions []string

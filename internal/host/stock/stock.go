@@ -27,6 +27,7 @@ import (
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
 	sandboxapi "github.com/containerd/containerd/api/runtime/sandbox/v1"
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/containerd/api/types"
 	runtimeopts "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -95,6 +96,16 @@ func Options(input io.Reader) (path string, body []byte, err error) {
 		return "", nil, fmt.Errorf("read the handler's options: %w", err)
 	}
 	return o.ConfigPath, o.ConfigBody, nil
+}
+
+// Info writes what the shim is.
+func (c Call) Info(out io.Writer, version string) error {
+	b, err := proto.Marshal(&types.RuntimeInfo{Name: "io.containerd.cloister-" + c.Backend + ".v2", Version: &types.RuntimeVersion{Version: version}})
+	if err != nil {
+		return err
+	}
+	_, err = out.Write(b)
+	return err
 }
 
 // startTime bounds the time from starting the resident shim to its first
