@@ -255,12 +255,15 @@ func liveKeys() []keyPath {
 		{"debug", "level"},
 		plugin(imagesPlugin, "registry"),
 		plugin(imagesPlugin, "runtime_platforms"),
+		plugin(imagesPlugin, "image_decryption"),
+		{"stream_processors"},
 		plugin(runtimePlugin, "cni"),
 		plugin(runtimePlugin, "containerd", "runtimes"),
 		plugin(runtimePlugin, "containerd", "default_runtime_name"),
 		plugin(runtimePlugin, "ignore_deprecation_warnings"),
 		{"cloister", "cgroup_driver"},
 		{"cloister", "handlers"},
+		{"cloister", "credentials"},
 	}
 }
 
