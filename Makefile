@@ -16,15 +16,15 @@ PROTOC_GEN_TTRPC  := v1.2.10
 # What the tests start; they build their own without it.
 export CLOISTER_BIN := $(CURDIR)/bin
 
-.PHONY: all build demo test unit integration conformance lint bench fault e2e fuzz generate install clean help
+.PHONY: all build demo test unit integration conformance lint bench fault e2e fuzz race generate install clean help
 
 all: build
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-build: ## bin/cloister and bin/cloister-shim
-	CGO_ENABLED=0 $(GO) build $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister
+build: ## bin/cloister, bin/cloister-shim, bin/cloister-teec
+	CGO_ENABLED=0 $(GO) build -tags nri_no_wasm $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister ./cmd/cloister-teec
 	CGO_ENABLED=0 $(GO) build -tags no_grpc $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister-shim
 
 demo: ## a pod from an image to its removal, on a private daemon, with times
@@ -32,7 +32,7 @@ demo: ## a pod from an image to its removal, on a private daemon, with times
 	@$(GO) run ./test/demo
 
 test: ## everything that has to pass: unit, integration (as root), conformance
-	@test/setup oci vm cgo iptables
+	@test/setup oci vm cgo iptables registry
 	$(MAKE) build lint unit integration demo conformance
 
 unit: build
@@ -71,14 +71,21 @@ e2e: build ## a Kubernetes control plane and kubelet on this daemon
 	test/e2e/run
 
 FUZZTIME ?= 30s
+CHAOS_TIME ?= 1m
 fuzz: ## every fuzz target for FUZZTIME each
 	@set -e; for pkg in $$($(GO) list ./...); do \
 	  for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz' || true); do \
 	    echo "== $$pkg $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) $$pkg; \
 	  done; done
 
+race: ## a minute of random restarts of kubelet, device plugin and backend, under the race detector
+	CHAOS_TIME=$(CHAOS_TIME) $(GO) test -race -count=1 -v -run TestChaos ./internal/tee/plugin
+
 generate: ## Go code out of api/*.proto, docs/configuration.md out of internal/config
 	$(GO) run ./test/configdoc >docs/configuration.md.new && mv docs/configuration.md.new docs/configuration.md
+	@set -e; for backend in trustzone sgx; do \
+	  $(GO) run ./cmd/cloister device-plugin manifest --backend $$backend --test >deploy/device-plugin-$$backend.yaml; \
+	done
 	@test/setup protoc
 	GOBIN=$(TOOLS) $(GO) install google.golang.org/protobuf/cmd/protoc-gen-go@$(PROTOC_GEN_GO)
 	GOBIN=$(TOOLS) $(GO) install google.golang.org/grpc/cmd/protoc-gen-go-grpc@$(PROTOC_GEN_GRPC)
@@ -92,6 +99,7 @@ install: build ## into PREFIX (/usr/local), with the systemd unit and shell comp
 	install -D -m 0755 bin/cloister $(DESTDIR)$(PREFIX)/bin/cloister
 	install -D -m 0755 bin/cloister-shim $(DESTDIR)$(PREFIX)/bin/cloister-shim
 	for name in cloister cloister-vm; do ln -sf cloister-shim $(DESTDIR)$(PREFIX)/bin/containerd-shim-$$name-v2; done
+	install -D -m 0755 bin/cloister-teec $(DESTDIR)$(PREFIX)/bin/cloister-teec
 	install -d $(DESTDIR)/etc/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	sed 's|@PREFIX@|$(PREFIX)|' deploy/cloister.service >$(DESTDIR)/etc/systemd/system/cloister.service
 	bin/cloister completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/cloister

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -132,5 +134,38 @@ func TestContainerTable(t *testing.T) {
 	// A pod that was removed between the two lists leaves blanks.
 	if rows = containerTable(list, nil, false, now).Rows; rows[0][5] != "" {
 		t.Errorf("got %q", rows[0])
+	}
+}
+
+// vanishing is a daemon of which one pod is gone by the time its status is
+// asked for.
+type vanishing struct {
+	runtimeapi.RuntimeServiceClient
+	fail codes.Code
+}
+
+func (v vanishing) PodSandboxStatus(_ context.Context, r *runtimeapi.PodSandboxStatusRequest, _ ...grpc.CallOption) (*runtimeapi.PodSandboxStatusResponse, error) {
+	if r.PodSandboxId == "gone" {
+		return nil, status.Error(v.fail, "no pod sandbox gone")
+	}
+	return &runtimeapi.PodSandboxStatusResponse{Status: &runtimeapi.PodSandboxStatus{
+		Network: &runtimeapi.PodSandboxNetworkStatus{Ip: "10.1.2.3", AdditionalIps: []*runtimeapi.PodIP{{Ip: "fd00::3"}}}}}, nil
+}
+
+func TestPodsThatVanish(t *testing.T) {
+	list := []*runtimeapi.PodSandbox{{Id: "gone"}, {Id: "here", Metadata: &runtimeapi.PodSandboxMetadata{Name: "web"}}}
+	table, err := podTable(t.Context(), &client.Conn{Runtime: vanishing{fail: codes.NotFound}}, list, true, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	if err := table.Write(&out); err != nil {
+		t.Fatal(err)
+	}
+	if s := out.String(); !strings.Contains(s, "web") || !strings.Contains(s, "10.1.2.3, fd00::3") || strings.Contains(s, "gone") {
+		t.Errorf("the table is %q", s)
+	}
+	if _, err := podTable(t.Context(), &client.Conn{Runtime: vanishing{fail: codes.Unavailable}}, list, true, time.Now()); err == nil {
+		t.Error("a daemon that does not answer passes for a pod that is gone")
 	}
 }

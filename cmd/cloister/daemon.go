@@ -18,38 +18,44 @@ func (a *app) daemonCommand() *cobra.Command {
 		Use:   "daemon",
 		Short: "Serve CRI to a kubelet",
 		Long: `Serves the Kubernetes Container Runtime Interface on a unix socket. Without a
-configuration file the defaults are used; flags go before the file. SIGTERM
-stops the daemon and leaves pods running; the next one takes them up again.`,
+configuration file the defaults are used; flags go before the file. Handlers,
+registries, networks and the log level follow the file while the daemon runs;
+SIGHUP has it read at once. SIGTERM stops the daemon and leaves pods running;
+the next one takes them up again.`,
 		Example: `  cloister daemon
   cloister daemon --config /etc/cloister/config.toml --log-level debug
   cloister daemon --root /tmp/c/root --state /tmp/c/state   # a second one beside the first`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := config.Load(file)
+			load := func() (config.Config, error) {
+				cfg, err := config.Load(file)
+				if err != nil {
+					return cfg, err
+				}
+				if root != "" {
+					cfg.Root = root
+				}
+				if state != "" {
+					cfg.SetState(state)
+				}
+				if a.addressSet {
+					cfg.SetAddress(a.address)
+				}
+				if level != "" {
+					cfg.LogLevel = level
+				}
+				cfg.Ephemeral = ephemeral
+				return cfg, cfg.Validate()
+			}
+			cfg, err := load()
 			if err != nil {
 				return usage(err)
 			}
-			if root != "" {
-				cfg.Root = root
-			}
-			if state != "" {
-				cfg.SetState(state)
-			}
-			if a.addressSet {
-				cfg.SetAddress(a.address)
-			}
-			if level != "" {
-				cfg.LogLevel = level
-			}
-			cfg.Ephemeral = ephemeral
-			if err := cfg.Validate(); err != nil {
-				return usage(err)
-			}
-			log, err := logger(a.stderr, cfg.LogLevel, cfg.LogFormat)
+			log, err := newLogger(a.stderr, cfg.LogLevel, cfg.LogFormat)
 			if err != nil {
 				return usage(err)
 			}
-			err = runDaemon(cmd.Context(), cfg, version, log)
+			err = runDaemon(cmd.Context(), cfg, load, version, log)
 			if cfg.Ephemeral {
 				err = errors.Join(err, endEphemeral(cmd.Context(), cfg))
 			}
@@ -62,19 +68,26 @@ stops the daemon and leaves pods running; the next one takes them up again.`,
 	f.StringVar(&state, "state", "", "`folder` for what a reboot may take; the socket follows it")
 	f.StringVarP(&level, "log-level", "l", "", "debug, info, warn or error")
 	f.BoolVar(&ephemeral, "ephemeral", false, "at the end also end the shims in which nothing runs")
-	// The flag was added in the line above.
-	_ = f.MarkHidden("ephemeral")
+	_ = f.MarkHidden("ephemeral") // added in the line above
 	return cmd
 }
 
-func logger(w io.Writer, level, format string) (*slog.Logger, error) {
-	var l slog.Level
-	if err := l.UnmarshalText([]byte(level)); err != nil {
-		return nil, fmt.Errorf("log level %q: it is one of debug, info, warn, error", level)
+// logger is a log whose level can be changed.
+type logger struct {
+	*slog.Logger
+	level *slog.LevelVar
+}
+
+func newLogger(w io.Writer, level, format string) (logger, error) {
+	l := logger{level: &slog.LevelVar{}}
+	if err := l.level.UnmarshalText([]byte(level)); err != nil {
+		return l, fmt.Errorf("log level %q: it is one of debug, info, warn, error", level)
 	}
-	o := &slog.HandlerOptions{Level: l}
+	o := &slog.HandlerOptions{Level: l.level}
 	if format == "json" {
-		return slog.New(slog.NewJSONHandler(w, o)), nil
+		l.Logger = slog.New(slog.NewJSONHandler(w, o))
+	} else {
+		l.Logger = slog.New(slog.NewTextHandler(w, o))
 	}
-	return slog.New(slog.NewTextHandler(w, o)), nil
+	return l, nil
 }

@@ -24,17 +24,21 @@ func (a *app) debugCommand() *cobra.Command {
 }
 
 func (a *app) fsckCommand() *cobra.Command {
-	var repair bool
+	var repair, content bool
 	var format *display.Format
 	cmd := &cobra.Command{
 		Use:   "fsck",
 		Short: "List what belongs to no pod: snapshots, namespaces, mounts, addresses, cgroups",
 		Long: `Compares the daemon's store with what is on the machine and lists what has no
-owner. With --repair it is removed. Exits with 1 while something is left.`,
-		Example: "  cloister debug fsck\n  cloister debug fsck --repair",
+owner. With --repair it is removed. Exits with 1 while something is left.
+
+With --content it also reads all images and compares them with their digests,
+as after a power cut or when a disk fails. Damaged blobs and files are then
+repaired out of the registry that the image came from.`,
+		Example: "  cloister debug fsck\n  cloister debug fsck --repair\n  cloister debug fsck --content --repair",
 		Args:    args(cobra.NoArgs),
 		RunE: a.with(func(ctx context.Context, c *client.Conn, _ []string) error {
-			r, err := c.Debug.Fsck(ctx, &debugv1.FsckRequest{Repair: repair})
+			r, err := c.Debug.Fsck(ctx, &debugv1.FsckRequest{Repair: repair, Content: content})
 			if err != nil {
 				return fmt.Errorf("check the node: %w", err)
 			}
@@ -64,12 +68,13 @@ owner. With --repair it is removed. Exits with 1 while something is left.`,
 				return errors.Join(err, fmt.Errorf("%d findings could not be repaired", left))
 			}
 			if left > 0 {
-				return errors.Join(err, fmt.Errorf("%d findings; \"cloister debug fsck --repair\" removes them", left))
+				return errors.Join(err, fmt.Errorf("%d findings; run it again with --repair", left))
 			}
 			return err
 		}),
 	}
 	format = outputFlag(cmd)
-	cmd.Flags().BoolVar(&repair, "repair", false, "remove what was found")
+	cmd.Flags().BoolVar(&repair, "repair", false, "remove, or repair, what was found")
+	cmd.Flags().BoolVar(&content, "content", false, "read and verify the content of all images, too")
 	return cmd
 }

@@ -20,7 +20,9 @@ func main() {
 	// A second signal ends the program at once, should the end itself hang.
 	context.AfterFunc(ctx, stop)
 	a := &app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr}
-	err := a.root().ExecuteContext(ctx)
+	root := a.root()
+	root.SetArgs(originalFlags(os.Args[1:]))
+	err := root.ExecuteContext(ctx)
 	stop()
 	os.Exit(report(err))
 }

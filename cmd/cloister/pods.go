@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"cloister.dev/internal/client"
@@ -61,6 +63,9 @@ func podTable(ctx context.Context, c *client.Conn, list []*runtimeapi.PodSandbox
 		row := []string{client.ShortID(p.GetId()), m.GetName(), m.GetNamespace(), state, display.Age(p.GetCreatedAt(), now), handlerName(p)}
 		if wide {
 			st, err := c.Runtime.PodSandboxStatus(ctx, &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.GetId()})
+			if status.Code(err) == codes.NotFound {
+				continue // removed since it was listed
+			}
 			if err != nil {
 				return nil, fmt.Errorf("status of pod %s: %w", client.ShortID(p.GetId()), err)
 			}

@@ -6,23 +6,24 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	profile "github.com/containerd/containerd/v2/contrib/apparmor"
 	"github.com/containerd/containerd/v2/pkg/apparmor"
-	"github.com/containerd/containerd/v2/pkg/seccomp"
 	containerdlog "github.com/containerd/log"
 	"github.com/coreos/go-systemd/v22/daemon"
-	"github.com/opencontainers/selinux/go-selinux"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/health"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"k8s.io/klog/v2"
 
 	hostv1 "cloister.dev/api/host/v1"
@@ -39,15 +40,27 @@ import (
 	"cloister.dev/internal/stream"
 )
 
-// stopTime bounds the wait for running calls when the daemon is asked to stop.
-const stopTime = 10 * time.Second
+const (
+	// stopTime bounds the wait for running calls when the daemon is asked to
+	// stop. Nothing is lost with those that take longer: the next daemon finishes
+	// or undoes what they were about.
+	stopTime = 2 * time.Second
+	// answerTime is how long another daemon may take to answer on the socket.
+	answerTime = 10 * time.Second
+)
 
 // runDaemon opens the services from the bottom up, serves until ctx ends, and
 // closes them from the top down. Pods are not touched by its end.
-func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog.Logger) (err error) {
+func runDaemon(ctx context.Context, cfg config.Config, load func() (config.Config, error), version string, dlog logger) (err error) {
+	log := dlog.Logger
+	reload := &reloader{log: dlog, boot: cfg}
+	reload.heed(ctx)
 	// Two libraries have loggers of their own, for what this log says better.
 	if err := containerdlog.SetLevel("error"); err != nil {
 		return err
+	}
+	for _, w := range cfg.Warnings {
+		log.Warn("configuration", "where", w.Where, "key", w.Key, "message", w.Message)
 	}
 	klog.SetSlogLogger(slog.New(demoted{log.Handler()}).With("source", "streaming"))
 	var open osutil.Undo // every service, newest closed first
@@ -69,23 +82,68 @@ func runDaemon(ctx context.Context, cfg config.Config, version string, log *slog
 		return err
 	}
 	closing("close the network", net.Close)
-	shims, err := openShims(cfg, log, closing)
+	devices, err := openDevicePlugin(ctx, cfg, log, closing)
 	if err != nil {
 		return err
 	}
-	pods, err := pod.Open(podOptions(cfg, log, images, net, shims))
+	shims, err := openShims(cfg, log, devices, closing)
 	if err != nil {
 		return err
 	}
-	closing("close the pod service", pods.Close)
+	reload.images, reload.net, reload.shims = images, net, shims
+	tells, err := openTelemetry(ctx, cfg, version)
+	if err != nil {
+		return err
+	}
+	closing("close metrics and traces", tells.close)
+	pods, err := openPods(cfg, version, log, podParts{images, net, shims, tells, reload, devices}, closing)
+	if err != nil {
+		return err
+	}
 	streams, err := openStreams(cfg, log, pods, closing)
 	if err != nil {
 		return err
 	}
-	server := cri.New(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
-		Snapshotter: func(handler string) (string, error) { return cfg.Images.RuntimePlatforms[handler].Snapshotter, nil }})
+	server := cri.New(tells.observe(cri.Options{Pods: pods, Images: images, Stream: streams, Version: version, Log: log,
+		Snapshotter: reload.snapshotter, Platform: reload.platform}))
 	loadAppArmor(cfg, log)
-	return serve(ctx, cfg, log, server, pods, images)
+	if err := tells.serve(cfg, pods, log); err != nil {
+		return err
+	}
+	closing("stop following the configuration", reload.follow(load))
+	return serve(ctx, cfg, log, server, pods, images, tells.grpcOptions()...)
+}
+
+// podParts are the rooms beneath the pod service.
+type podParts struct {
+	images *image.Store
+	net    network.Attacher
+	shims  *shim.Client
+	tells  *telemetries
+	reload *reloader
+	tees   *devicePlugin
+}
+
+// openPods opens the pod service and, with it, the door for NRI plugins.
+func openPods(cfg config.Config, version string, log *slog.Logger, p podParts, closing func(string, func() error)) (*pod.Service, error) {
+	plugins, err := newNRI(cfg, version, log)
+	if err != nil {
+		return nil, err
+	}
+	o := podOptions(cfg, log, p.images, p.net, p.shims)
+	o.NRI, o.Observer = plugins, p.tells.observer()
+	o.Conditions = func() []pod.Condition { return append(p.reload.conditions(), p.tees.conditions()...) }
+	o.VerboseInfo = p.reload.info
+	pods, err := pod.Open(o)
+	if err != nil {
+		return nil, err
+	}
+	closing("close the pod service", pods.Close)
+	if err := plugins.Start(pods); err != nil {
+		return nil, err
+	}
+	closing("close NRI", plugins.Close)
+	return pods, nil
 }
 
 // demoted passes the streaming library's log on at debug level: it calls every
@@ -107,7 +165,7 @@ func (d demoted) Handle(ctx context.Context, r slog.Record) error {
 func (d demoted) WithAttrs(as []slog.Attr) slog.Handler { return demoted{d.Handler.WithAttrs(as)} }
 func (d demoted) WithGroup(name string) slog.Handler    { return demoted{d.Handler.WithGroup(name)} }
 
-func openShims(cfg config.Config, log *slog.Logger, closing func(string, func() error)) (*shim.Client, error) {
+func openShims(cfg config.Config, log *slog.Logger, devices *devicePlugin, closing func(string, func() error)) (*shim.Client, error) {
 	events := filepath.Join(cfg.State, "events.sock")
 	server, err := shim.ServeEvents(events)
 	if err != nil {
@@ -118,7 +176,7 @@ func openShims(cfg config.Config, log *slog.Logger, closing func(string, func() 
 	if err != nil {
 		return nil, err
 	}
-	o.EventsAddress, o.Events = events, server
+	o.EventsAddress, o.Events, o.Ready = events, server, devices.ready
 	shims, err := shim.New(o)
 	if err != nil {
 		return nil, err
@@ -141,13 +199,14 @@ func openStreams(cfg config.Config, log *slog.Logger, pods *pod.Service, closing
 }
 
 // serve answers on the CRI socket until ctx ends.
-func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri.Server, pods *pod.Service, images *image.Store) error {
-	lis, err := listen(ctx, cfg.Address)
+func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri.Server, pods *pod.Service, images *image.Store, options ...grpc.ServerOption) error {
+	lis, err := listen(ctx, cfg.Address, cfg.Plugins.GRPC)
 	if err != nil {
 		return err
 	}
-	g := grpc.NewServer(server.GRPCOptions()...)
+	g := grpc.NewServer(append(server.GRPCOptions(), options...)...)
 	server.Register(g)
+	healthpb.RegisterHealthServer(g, health.NewServer())
 	(&cri.Debug{Pods: pods, Images: images, Machine: pods}).Register(g)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(lis) }()
@@ -181,43 +240,52 @@ func loadAppArmor(cfg config.Config, log *slog.Logger) {
 	}
 }
 
-// listen makes the socket, which only root may use, in place of a stale one.
-func listen(ctx context.Context, address string) (net.Listener, error) {
+// listen makes the socket, which only its owner may use and the group that is
+// named, in place of one that nobody serves any more.
+func listen(ctx context.Context, address string, owner config.GRPCServer) (net.Listener, error) {
 	path := strings.TrimPrefix(address, "unix://")
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("make the socket's folder: %w", err)
 	}
-	dialer := net.Dialer{Timeout: stopTime} // a daemon that hangs is one, too
-	if c, err := dialer.DialContext(ctx, "unix", path); err == nil {
-		c.Close()
-		return nil, fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)
-	}
-	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("remove the stale socket: %w", err)
+	if err := removeStale(ctx, path); err != nil {
+		return nil, err
 	}
 	lis, err := net.Listen("unix", path)
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
+	mode := os.FileMode(0o600)
+	if owner.GID != 0 {
+		mode = 0o660
+	}
+	if err := errors.Join(os.Chown(path, owner.UID, owner.GID), os.Chmod(path, mode)); err != nil {
 		lis.Close()
 		return nil, fmt.Errorf("restrict the socket: %w", err)
 	}
 	return lis, nil
 }
 
-func imageOptions(cfg config.Config, log *slog.Logger) image.Options {
-	o := image.Options{
-		Root: filepath.Join(cfg.Root, "images"), Snapshotter: cfg.Images.Snapshotter,
-		ConfigPath: cfg.Images.Registry.ConfigPath, Headers: cfg.Images.Registry.Headers,
-		MaxConcurrentDownloads: cfg.Images.MaxConcurrentDownloads,
-		ProgressTimeout:        cfg.Images.ImagePullProgressTimeout.Duration,
-		DiscardUnpackedLayers:  cfg.Images.DiscardUnpackedLayers, Log: log,
+// removeStale removes the socket of a daemon that is gone. Any answer but a
+// refusal may be that of one that lives, such as one too busy to accept.
+func removeStale(ctx context.Context, path string) error {
+	dialer := net.Dialer{Timeout: answerTime}
+	c, err := dialer.DialContext(ctx, "unix", path)
+	switch {
+	case err == nil:
+		c.Close()
+		return fmt.Errorf("another daemon serves %s; stop it, or choose another --address", path)
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case !errors.Is(err, syscall.ECONNREFUSED):
+		return fmt.Errorf("find out whether another daemon serves %s: %w; if none does, remove it", path, err)
 	}
-	for _, ref := range cfg.Images.PinnedImages {
-		o.Pinned = append(o.Pinned, ref)
+	if fi, err := os.Lstat(path); err == nil && fi.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("%s is there and is no socket; remove it, or choose another --address", path)
 	}
-	return o
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the stale socket: %w", err)
+	}
+	return nil
 }
 
 func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) {
@@ -233,9 +301,20 @@ func openNetwork(cfg config.Config, log *slog.Logger) (network.Attacher, error) 
 		}
 		return builtin.New(o)
 	}
+	return cni.New(cniOptions(cfg, log))
+}
+
+func cniOptions(cfg config.Config, log *slog.Logger) cni.Options {
 	c := cfg.Runtime.CNI
-	return cni.New(cni.Options{ConfDir: c.ConfDir, BinDirs: c.BinDirs, MaxConfNum: c.MaxConfNum, SetupSerially: c.SetupSerially,
-		IPPref: c.IPPref, CacheDir: filepath.Join(cfg.Root, "cni"), StateDir: filepath.Join(cfg.Root, "network"), Log: log})
+	handlers := map[string]cni.Folder{}
+	for name, h := range cfg.Runtime.Containerd.Runtimes {
+		if h.CNIConfDir != "" {
+			handlers[name] = cni.Folder{Dir: h.CNIConfDir, MaxConfNum: h.CNIMaxConfNum}
+		}
+	}
+	return cni.Options{ConfDir: c.ConfDir, BinDirs: c.BinDirs, MaxConfNum: c.MaxConfNum, SetupSerially: c.SetupSerially,
+		Handlers: handlers, ConfTemplate: c.ConfTemplate,
+		IPPref: c.IPPref, CacheDir: filepath.Join(cfg.Root, "cni"), StateDir: filepath.Join(cfg.Root, "network"), Log: log}
 }
 
 func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
@@ -245,17 +324,23 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 	if o.Binary, err = shimProgram(cfg.Cloister.Shim); err != nil {
 		return o, err
 	}
-	if len(cfg.Runtime.Containerd.Runtimes) == 0 {
-		for name, r := range shim.Found() {
-			r.SystemdCgroup = cfg.Cloister.CgroupDriver == "systemd"
-			o.Runtimes[name] = r
+	systemd := cfg.SystemdCgroup()
+	for name, r := range shim.Found() {
+		r.SystemdCgroup = systemd
+		r.NoCgroup = cfg.Cloister.DisableCgroup
+		if r.Rlimits, err = rlimits(cfg, name); err != nil {
+			return o, err
 		}
+		o.Runtimes[name] = r // unless it is configured
 	}
 	for name, h := range cfg.Runtime.Containerd.Runtimes {
 		r := shim.Runtime{Type: h.RuntimeType, Path: h.RuntimePath, Options: h.Options, Snapshotter: snapshotter(cfg, name, h),
 			BaseSpec: h.BaseRuntimeSpec, PodAnnotations: h.PodAnnotations, CtrAnnotations: h.ContainerAnnotations,
 			NoHostDevices: h.PrivilegedWithoutHostDevices, AllDevices: h.PrivilegedWithoutHostDevicesAllDevicesAllowed,
-			CgroupWritable: h.CgroupWritable}
+			CgroupWritable: h.CgroupWritable, ReadOnlyMounts: h.TreatROMountsAsRRO, NoCgroup: cfg.Cloister.DisableCgroup}
+		if r.Rlimits, err = rlimits(cfg, name); err != nil {
+			return o, err
+		}
 		if h.IsMachine() {
 			if r.Machine, err = machineOptions(cfg, h); err != nil {
 				return o, fmt.Errorf("options of handler %q: %w", name, err)
@@ -267,6 +352,7 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 			}
 			r.Type = config.RuncType
 			r.Binary, r.Root, r.SystemdCgroup, r.NoNewKeyring = ro.BinaryName, ro.Root, ro.SystemdCgroup, ro.NoNewKeyring
+			r.NoPivotRoot, r.ShimCgroup, r.IOUid, r.IOGid = ro.NoPivotRoot, ro.ShimCgroup, ro.IoUID, ro.IoGID
 		} else {
 			so, err := h.ShimOptions()
 			if err != nil {
@@ -324,14 +410,20 @@ func shimProgram(configured string) (string, error) {
 
 func podOptions(cfg config.Config, log *slog.Logger, images *image.Store, net network.Attacher, shims *shim.Client) pod.Options {
 	r := cfg.Runtime
-	return pod.Options{
-		Root: cfg.Root, State: cfg.State, Images: images, Network: net, Shims: shims, Node: node(r), Log: log,
+	o := pod.Options{
+		Root: cfg.Root, State: cfg.State, Images: images, Network: net, Shims: shims, Node: node(cfg, log), Log: log,
 		CgroupParent: cgroupParent(cfg.State),
 		LogMaxLine:   int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
 		DrainExecSync: r.DrainExecSyncIOTimeout.Duration, StatsPeriod: r.StatsCollectPeriod.Duration,
-		VerboseInfo: map[string]any{"stateDir": cfg.State, "rootDir": cfg.Root, "address": cfg.Address,
-			"network": cfg.Cloister.Network, "snapshotter": cfg.Images.Snapshotter, "files": cfg.Files},
+		LayerPeriod: time.Duration(cfg.Images.StatsCollectPeriod) * time.Second,
 	}
+	if !r.NetNSMountsUnderStateDir {
+		o.NetNSDir = "/var/run/netns"
+	}
+	if c, ok := net.(*cni.Attacher); ok {
+		o.PodRanges = c.SetPodRanges
+	}
+	return o
 }
 
 // cgroupParent keeps the cgroups of daemons apart that run side by side.
@@ -341,28 +433,6 @@ func cgroupParent(state string) string {
 	}
 	h := sha256.Sum256([]byte(state))
 	return oci.DefaultCgroup + "-" + hex.EncodeToString(h[:4])
-}
-
-// node finds out what the machine is.
-func node(r config.Runtime) oci.Node {
-	n := oci.Node{
-		CgroupV2: osutil.CgroupV2(), Seccomp: seccomp.IsEnabled(),
-		AppArmor:           apparmor.HostSupports() && !r.DisableAppArmor,
-		SELinux:            r.EnableSELinux && selinux.GetEnabled(),
-		SeccompProfileRoot: "/var/lib/kubelet/seccomp",
-		RestrictOOMScore:   r.RestrictOOMScoreAdj, HugetlbTolerated: r.TolerateMissingHugetlbController,
-		HugetlbDisabled:   r.DisableHugetlbController,
-		DefaultSeccomp:    r.UnsetSeccompProfile,
-		UnprivilegedPorts: r.EnableUnprivilegedPorts, UnprivilegedICMP: r.EnableUnprivilegedICMP,
-		DeviceOwnership: r.DeviceOwnershipFromSecurityContext,
-	}
-	if r.EnableCDI {
-		n.CDISpecDirs = r.CDISpecDirs
-	}
-	if b, err := os.ReadFile("/proc/self/oom_score_adj"); err == nil {
-		n.DaemonOOMScore, _ = strconv.Atoi(strings.TrimSpace(string(b)))
-	}
-	return n
 }
 
 func streamOptions(cfg config.Config, log *slog.Logger) stream.Options {

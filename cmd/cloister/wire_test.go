@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"cloister.dev/internal/config"
@@ -50,5 +51,89 @@ func TestCgroupDriverOfFoundHandlers(t *testing.T) {
 				t.Errorf("driver %q: SystemdCgroup of %s is %v", driver, name, r.SystemdCgroup)
 			}
 		}
+	}
+}
+
+func TestListen(t *testing.T) {
+	dir := t.TempDir()
+	bind := func(name string) (int, string) {
+		path := filepath.Join(dir, name)
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err == nil {
+			err = unix.Bind(fd, &unix.SockaddrUnix{Name: path})
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+		return fd, path
+	}
+	_, dead := bind("dead") // bound, and nobody listens
+	live, path := bind("live")
+	if err := unix.Listen(live, 5); err != nil {
+		t.Fatal(err)
+	}
+	busy, full := bind("busy")
+	if err := unix.Listen(busy, 0); err != nil {
+		t.Fatal(err)
+	}
+	for {
+		fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { unix.Close(fd) })
+		if err := unix.Connect(fd, &unix.SockaddrUnix{Name: full}); errors.Is(err, unix.EAGAIN) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ name, path, refused string }{
+		{"absent", filepath.Join(dir, "new", "absent"), ""},
+		{"dead", dead, ""},
+		{"live", path, "another daemon"},
+		{"busy", full, "find out whether"},
+		{"no socket", file, "no socket"},
+	} {
+		before, _ := os.Lstat(tt.path)
+		lis, err := listen(t.Context(), "unix://"+tt.path, config.GRPCServer{})
+		if tt.refused == "" {
+			if err != nil {
+				t.Errorf("%s: %v", tt.name, err)
+				continue
+			}
+			if fi, err := os.Stat(tt.path); err != nil || fi.Mode().Perm() != 0o600 {
+				t.Errorf("%s: %v, %v", tt.name, fi, err)
+			}
+			lis.Close()
+			continue
+		}
+		if err == nil || !strings.Contains(err.Error(), tt.refused) || !strings.Contains(err.Error(), tt.path) {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+		if after, err := os.Lstat(tt.path); err != nil || !os.SameFile(before, after) {
+			t.Errorf("%s: what was there is gone: %v", tt.name, err)
+		}
+	}
+}
+
+func TestSocketOfAGroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it gives a file away")
+	}
+	path := filepath.Join(t.TempDir(), "s")
+	lis, err := listen(t.Context(), path, config.GRPCServer{UID: 7, GID: 1234})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil || st.Uid != 7 || st.Gid != 1234 || st.Mode&0o777 != 0o660 {
+		t.Errorf("the socket is of %d:%d with mode %o: %v", st.Uid, st.Gid, st.Mode, err)
 	}
 }

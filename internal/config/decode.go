@@ -1,119 +1,137 @@
 package config
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
+	"reflect"
+	"slices"
 	"strings"
-
-	"github.com/containerd/errdefs"
-	"github.com/pelletier/go-toml/v2"
 )
 
-// document is the file's shape. The tables of Config are decoded in place,
-// over the values that defaults and earlier files left.
-type document struct {
-	Version  int       `toml:"version"`
-	Root     *string   `toml:"root"`
-	State    *string   `toml:"state"`
-	Imports  []string  `toml:"imports"`
-	GRPC     grpcTable `toml:"grpc"`
-	Debug    debug     `toml:"debug"`
-	Plugins  plugins   `toml:"plugins"`
-	Cloister *Cloister `toml:"cloister"`
+// origin is where a value comes from.
+type origin struct {
+	place place
+	wrote keyPath // as it stands there
 }
 
-type grpcTable struct {
-	Address string `toml:"address"`
-}
-
-type debug struct {
-	Level  *string `toml:"level"`
-	Format *string `toml:"format"`
-}
-
-type plugins struct {
-	Images    *Images    `toml:"io.containerd.cri.v1.images"`
-	Runtime   *Runtime   `toml:"io.containerd.cri.v1.runtime"`
-	Streaming *Streaming `toml:"io.containerd.grpc.v1.cri"`
-}
-
-// decode lays one file over the configuration and returns its imports.
-func (l *loader) decode(path string, data []byte, main bool) ([]string, error) {
-	keys, err := scan(path, data)
+// decode lays one file over the configuration and returns its imports. A file
+// without a version has that of the file it belongs to, 0 being none.
+func (l *loader) decode(path string, data []byte, belongs int) (version int, imports []string, err error) {
+	settings, err := scan(path, data)
 	if err != nil {
-		return nil, err
+		return 0, nil, err
 	}
-	if err := checkVersion(path, data, keys, main); err != nil {
-		return nil, err
+	version, err = versionOf(settings, belongs)
+	if err != nil {
+		return 0, nil, err
 	}
-	if err := checkKeys(keys); err != nil {
-		return nil, err
+	m := migrate(settings, version)
+	l.warnings = append(l.warnings, m.warnings...)
+	doc := documentOf(&l.config)
+	var faults []error
+	var bad []keyPath // refused tables; their keys need no fault of their own
+	for i, s := range m.settings {
+		if len(bad) == maxFaults {
+			faults = append(faults, place{path, s.place.line}.fault("too many faults; the %d settings from here on were not looked at", len(m.settings)-i))
+			break
+		}
+		if slices.ContainsFunc(bad, func(b keyPath) bool { return len(b) <= len(s.wrote) && b.equals(s.wrote[:len(b)]...) }) {
+			continue
+		}
+		if l.foreign(s) {
+			continue
+		}
+		refused, err := l.set(&doc, s, version)
+		if refused != nil {
+			bad = append(bad, refused)
+		}
+		faults = append(faults, err)
 	}
-	c := &l.config
-	doc := document{
-		Root: &c.Root, State: &c.State,
-		Debug:    debug{&c.LogLevel, &c.LogFormat},
-		Plugins:  plugins{&c.Images, &c.Runtime, &c.Streaming},
-		Cloister: &c.Cloister,
-	}
-	dec := toml.NewDecoder(bytes.NewReader(data)).DisallowUnknownFields()
-	if err := dec.Decode(&doc); err != nil {
-		return nil, decodeError(path, err)
-	}
-	for _, k := range keys {
-		l.where[k.dotted()] = k.place
-	}
-	if doc.GRPC.Address != "" {
-		c.Address, l.addressed = doc.GRPC.Address, true
-	}
-	return doc.Imports, nil
+	l.settings = append(l.settings, m.settings...)
+	return version, doc.Imports, errors.Join(faults...)
 }
 
-// checkVersion refuses files of another form before their keys are judged. A
-// drop-in that names no version has that of the file it belongs to.
-func checkVersion(path string, data []byte, keys []key, main bool) error {
-	at := place{path, 1}
-	set := false
-	for _, k := range keys {
-		if k.dotted() == "version" {
-			at, set = k.place, true
+// maxFaults is how many a person can take in; the search for what was meant
+// by a key takes its time.
+const maxFaults = 20
+
+// set assigns one setting and notes where it came from.
+func (l *loader) set(doc *document, s setting, version int) (refused keyPath, err error) {
+	t, _, ok := lookup(s.path)
+	if !ok {
+		bad, msg := refusal(s, version)
+		return bad, s.place.fault("%s", msg)
+	}
+	l.origins[s.path.String()] = origin{s.place, s.wrote}
+	if s.table {
+		if isLeaf(t) && t.Kind() != reflect.Map && t.Kind() != reflect.Interface {
+			return s.wrote, s.place.fault("%s is %s, not a table", s.wrote, article(kind(t)))
 		}
+		if parent, _, _ := lookup(s.path.parent()); parent == nil || parent.Kind() != reflect.Map || isLeaf(t) {
+			return nil, nil
+		}
+		s.value = map[string]any{} // an empty table in a map is there
 	}
-	var v struct {
-		Version any `toml:"version"`
-	}
-	if err := toml.Unmarshal(data, &v); err != nil {
-		return decodeError(path, err)
-	}
+	err = assign(reflect.ValueOf(doc).Elem(), s.path, s.value)
+	var unknown *unknownError
 	switch {
-	case v.Version == int64(3), !set && !main, !set && len(keys) == 0:
-		return nil
-	case !set:
-		return at.fault("the file names no version; supported now is version 3, so begin it with \"version = 3\"")
-	case v.Version == int64(1), v.Version == int64(2):
-		return at.fault(fmt.Sprintf("version %v is not supported yet; supported now is version 3 (containerd 2.0's \"containerd config migrate\" writes it)", v.Version))
-	case v.Version == int64(4):
-		return at.fault("version 4 is not supported yet; supported now is version 3, which has the same CRI tables and [grpc] address for the socket")
+	case errors.As(err, &unknown):
+		if near := nearest(unknown.name, tagsOf(unknown.in)); near != "" {
+			return s.wrote, s.place.fault("%s: unknown key %s; did you mean %q?", s.wrote, unknown.name, near)
+		}
+		return s.wrote, s.place.fault("%s: unknown key %s; known there: %s", s.wrote, unknown.name, strings.Join(tagsOf(unknown.in), ", "))
+	case err != nil:
+		return s.wrote, s.place.fault("%s %v", s.wrote, err)
 	}
-	return at.fault(fmt.Sprintf("version %v does not exist; supported now is version 3", v.Version))
+	return nil, nil
 }
 
-// decodeError gives an error of the TOML library its place.
-func decodeError(path string, err error) error {
-	var strict *toml.StrictMissingError
-	if errors.As(err, &strict) && len(strict.Errors) > 0 {
-		row, _ := strict.Errors[0].Position()
-		return place{path, row}.fault(fmt.Sprintf("unknown key %s", quoteKey(strict.Errors[0].Key())))
+func tagsOf(t reflect.Type) []string {
+	var names []string
+	for _, f := range fields(t) {
+		names = append(names, f.Tag.Get("toml"))
 	}
-	var de *toml.DecodeError
-	if errors.As(err, &de) {
-		row, _ := de.Position()
-		msg := strings.TrimPrefix(de.Error(), "toml: ")
-		if k := de.Key(); len(k) > 0 {
-			msg = quoteKey(k) + ": " + msg
+	return names
+}
+
+// foreign tells whether a setting is of a plugin that Cloister has never heard
+// of. Some builds of containerd have such: their tables are passed over. What
+// looks like a slip of the pen is none.
+func (l *loader) foreign(s setting) bool {
+	if len(s.path) < 2 || s.path[0] != "plugins" || !strings.HasPrefix(s.path[1], "io.containerd.") && strings.Count(s.path[1], ".") < 3 {
+		return false
+	}
+	if _, _, ok := lookup(s.path[:2]); ok || nearest(s.path[1], tagsOf(reflect.TypeFor[pluginTables]())) != "" {
+		return false
+	}
+	key := s.wrote[:min(2, len(s.wrote))].String()
+	if !slices.ContainsFunc(l.warnings, func(w Warning) bool { return w.Key == key }) {
+		l.warnings = append(l.warnings, Warning{Where: s.place.String(), Key: key, Message: "has no effect: Cloister has no such plugin"})
+	}
+	return true
+}
+
+func versionOf(settings []setting, belongs int) (int, error) {
+	for _, s := range settings {
+		if !s.path.equals("version") {
+			continue
 		}
-		return place{path, row}.fault(msg)
+		v, ok := s.value.(int64)
+		if !ok || v < 1 || v > newestVersion {
+			return 0, s.place.fault("version is %s; there are versions 1 to %d", describe(s.value), newestVersion)
+		}
+		return int(v), nil
 	}
-	return fmt.Errorf("%s: %w: %w", path, err, errdefs.ErrInvalidArgument)
+	return max(belongs, 1), nil
+}
+
+// fault is an error about a key, at the place where it was set last.
+func (l *loader) fault(path keyPath, format string, args ...any) error {
+	msg := fmt.Sprintf(format, args...)
+	for at := path; len(at) > 0; at = at.parent() {
+		if o, ok := l.origins[at.String()]; ok {
+			return o.place.fault("%s", msg)
+		}
+	}
+	return place{"configuration", 0}.fault("%s", msg)
 }

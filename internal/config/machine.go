@@ -20,43 +20,39 @@ func (h Handler) IsMachine() bool { return h.RuntimeType == MachineType && h.Run
 // under the names of Kata's configuration-qemu.toml where they mean the same.
 type MachineOptions struct {
 	// Path is QEMU's program. Empty: looked up in PATH.
-	Path string
+	Path string `toml:"path"`
 	// Guests is the folder of guests, by default "guests" beneath the daemon's root.
-	Guests string
+	Guests string `toml:"guests"`
 	// Guest is the name of a guest that "cloister guest build" made.
-	Guest string
+	Guest string `toml:"guest"`
 	// Kernel and Initrd are used instead of a built guest.
-	Kernel, Initrd string
-	KernelParams   string
+	Kernel       string `toml:"kernel"`
+	Initrd       string `toml:"initrd"`
+	KernelParams string `toml:"kernel_params"`
 	// MachineType is "microvm" (the default) or "q35".
-	MachineType string
+	MachineType string `toml:"machine_type"`
 	// Accel is "kvm" (the default), "tcg", or "auto": KVM where it works.
-	Accel                           string
-	DefaultVCPUs, DefaultMaxVCPUs   uint32
-	DefaultMemory, DefaultMaxMemory uint32 // MiB
+	Accel            string `toml:"accel"`
+	DefaultVCPUs     uint32 `toml:"default_vcpus"`
+	DefaultMaxVCPUs  uint32 `toml:"default_maxvcpus"`
+	DefaultMemory    uint32 `toml:"default_memory"` // MiB
+	DefaultMaxMemory uint32 `toml:"default_maxmemory"`
 	// OverheadMemory is what QEMU and virtiofsd use of the pod's cgroup, in MiB.
-	OverheadMemory uint32
+	OverheadMemory uint32 `toml:"overhead_memory"`
 	// SharedFS is "virtio-fs".
-	SharedFS          string
-	VirtioFSDaemon    string
-	VirtioFSCache     string
-	VirtioFSExtraArgs []string
-	EnableAnnotations []string
+	SharedFS          string   `toml:"shared_fs"`
+	VirtioFSDaemon    string   `toml:"virtio_fs_daemon"`
+	VirtioFSCache     string   `toml:"virtio_fs_cache"`
+	VirtioFSExtraArgs []string `toml:"virtio_fs_extra_args"`
+	EnableAnnotations []string `toml:"enable_annotations"`
 	// BootTimeout is how many seconds a guest may take to answer.
-	BootTimeout uint32
+	BootTimeout uint32 `toml:"boot_timeout"`
 }
 
 // MachineOptions gives the options types.
 func (h Handler) MachineOptions() (MachineOptions, error) {
 	var o MachineOptions
-	err := assign(h.Options, map[string]any{
-		"path": &o.Path, "guests": &o.Guests, "guest": &o.Guest, "kernel": &o.Kernel, "initrd": &o.Initrd, "kernel_params": &o.KernelParams,
-		"machine_type": &o.MachineType, "accel": &o.Accel, "default_vcpus": &o.DefaultVCPUs, "default_maxvcpus": &o.DefaultMaxVCPUs,
-		"default_memory": &o.DefaultMemory, "default_maxmemory": &o.DefaultMaxMemory, "overhead_memory": &o.OverheadMemory,
-		"shared_fs": &o.SharedFS, "virtio_fs_daemon": &o.VirtioFSDaemon, "virtio_fs_cache": &o.VirtioFSCache,
-		"virtio_fs_extra_args": &o.VirtioFSExtraArgs, "enable_annotations": &o.EnableAnnotations, "boot_timeout": &o.BootTimeout,
-	})
-	return o, err
+	return o, h.DecodeOptions(&o)
 }
 
 // checkMachine judges the options' values.

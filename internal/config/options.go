@@ -1,50 +1,86 @@
 package config
 
 import (
+	"errors"
 	"fmt"
 	"maps"
-	"math"
 	"reflect"
 	"slices"
+
+	"github.com/pelletier/go-toml/v2"
 )
 
-// RuncOptions are the options of a handler whose shim is runc's.
+// RuncOptions are the options of handlers of io.containerd.runc.v2: runc, crun
+// and runsc.
 type RuncOptions struct {
 	// BinaryName is the OCI runtime: a path, or a name that is looked up in PATH.
-	BinaryName string
+	BinaryName string `toml:"BinaryName" since:"1.2"`
 	// Root is the runtime's state folder.
-	Root string
+	Root string `toml:"Root" since:"1.2"`
 	// SystemdCgroup makes the runtime create cgroups through systemd.
-	SystemdCgroup bool
+	SystemdCgroup bool `toml:"SystemdCgroup" since:"1.2"`
 	// NoNewKeyring keeps the session keyring of the caller.
-	NoNewKeyring bool
+	NoNewKeyring bool `toml:"NoNewKeyring" since:"1.2"`
+	// NoPivotRoot changes the root without pivot_root, for nodes that run from a RAM disk.
+	NoPivotRoot bool `toml:"NoPivotRoot" since:"1.2"`
+	// ShimCgroup is the cgroup of the handler's external shims.
+	ShimCgroup string `toml:"ShimCgroup" since:"1.2"`
+	// IoUID owns the pipes of containers.
+	IoUID uint32 `toml:"IoUid" since:"1.2"`
+	// IoGID is the group of the pipes of containers.
+	IoGID uint32 `toml:"IoGid" since:"1.2"`
+	// CriuImagePath is where checkpoints are written and read.
+	CriuImagePath string `toml:"CriuImagePath" since:"1.6"`
+	// CriuWorkPath is where criu works and logs.
+	CriuWorkPath string `toml:"CriuWorkPath" since:"1.6"`
 }
 
-// ShimOptions are the options of a handler with any other shim.
+// ShimOptions are the options of handlers with any other shim. Keys besides
+// these make the text of ConfigBody, where there is no ConfigPath.
 type ShimOptions struct {
-	TypeURL    string
-	ConfigPath string
+	// TypeURL is the name by which the shim knows the type of its configuration.
+	TypeURL string `toml:"TypeUrl" since:"1.3"`
+	// ConfigPath is the shim's configuration file.
+	ConfigPath string `toml:"ConfigPath" since:"1.3"`
 	// ConfigBody is the text of a configuration; it stands in for ConfigPath.
-	ConfigBody string
+	ConfigBody string `toml:"ConfigBody" since:"1.6"`
+}
+
+// optionTypes gives the typed options of a runtime_type: one line makes a type
+// known to the validation, the reference and `cloister config explain`. What is
+// not here has ShimOptions.
+func optionTypes() map[string]reflect.Type {
+	return map[string]reflect.Type{
+		RuncType: reflect.TypeFor[RuncOptions](),
+	}
 }
 
 // RuncOptions gives the options types. An empty runtime_type counts as runc's.
 func (h Handler) RuncOptions() (RuncOptions, error) {
 	var o RuncOptions
-	err := assign(h.Options, map[string]any{
-		"BinaryName": &o.BinaryName, "Root": &o.Root, "SystemdCgroup": &o.SystemdCgroup,
-		"NoNewKeyring": &o.NoNewKeyring,
-	})
-	return o, err
+	return o, h.DecodeOptions(&o)
 }
 
 // ShimOptions gives the options types.
 func (h Handler) ShimOptions() (ShimOptions, error) {
 	var o ShimOptions
-	err := assign(h.Options, map[string]any{
-		"TypeUrl": &o.TypeURL, "ConfigPath": &o.ConfigPath, "ConfigBody": &o.ConfigBody,
-	})
-	return o, err
+	known := map[string]any{}
+	for _, name := range tagsOf(reflect.TypeFor[ShimOptions]()) {
+		if v, ok := h.Options[name]; ok {
+			known[name] = v
+		}
+	}
+	if err := (Handler{Options: known}).DecodeOptions(&o); err != nil {
+		return o, err
+	}
+	if o.ConfigPath == "" && o.ConfigBody == "" && len(h.Options) > len(known) {
+		body, err := toml.Marshal(h.Options)
+		if err != nil {
+			return o, fmt.Errorf("write the options as ConfigBody: %w", err)
+		}
+		o.ConfigBody = string(body)
+	}
+	return o, nil
 }
 
 // IsRunc tells whether the handler's options are those of runc's shim.
@@ -55,65 +91,55 @@ type optionError struct{ name, msg string }
 
 func (e *optionError) Error() string { return e.msg }
 
-// assign puts the values of an options table where targets points.
-func assign(options map[string]any, targets map[string]any) error {
-	known := slices.Sorted(maps.Keys(targets))
-	for _, name := range slices.Sorted(maps.Keys(options)) {
-		target, ok := targets[name]
-		if !ok {
+// DecodeOptions puts the options where target points, a struct whose fields
+// have toml tags.
+func (h Handler) DecodeOptions(target any) error {
+	v := reflect.ValueOf(target)
+	known := tagsOf(v.Type().Elem())
+	for _, name := range slices.Sorted(maps.Keys(h.Options)) {
+		err := assign(v, keyPath{name}, h.Options[name])
+		var unknown *unknownError
+		switch {
+		case errors.As(err, &unknown):
 			return &optionError{name, unknownOption(name, known)}
-		}
-		if !set(target, options[name]) {
-			return &optionError{name, fmt.Sprintf("the option %s is a %s, not %T %v",
-				name, reflect.TypeOf(target).Elem(), options[name], options[name])}
+		case err != nil:
+			return &optionError{name, fmt.Sprintf("the option %s %v", name, err)}
 		}
 	}
 	return nil
 }
 
-func unknownOption(name string, known []string) string {
-	if reason, ok := laterOptions()[name]; ok {
-		return fmt.Sprintf("the option %s is not supported yet (%s); remove it", name, reason)
+// SystemdCgroup tells whether cgroups are made through systemd: the handlers of
+// a node have one driver, and those that nobody configured have it too.
+func (c Config) SystemdCgroup() bool {
+	for _, h := range c.Runtime.Containerd.Runtimes {
+		if o, err := h.RuncOptions(); err == nil && h.IsRunc() && o.SystemdCgroup {
+			return true
+		}
 	}
+	return c.Cloister.CgroupDriver == "systemd"
+}
+
+// checkOptions judges the options of a handler by its runtime_type.
+func (h Handler) checkOptions() error {
+	if h.IsMachine() {
+		return h.checkMachine()
+	}
+	t, ok := optionTypes()[h.RuntimeType]
+	switch {
+	case ok:
+		return h.DecodeOptions(reflect.New(t).Interface())
+	case h.RuntimeType == "":
+		_, err := h.RuncOptions()
+		return err
+	}
+	_, err := h.ShimOptions()
+	return err
+}
+
+func unknownOption(name string, known []string) string {
 	if near := nearest(name, known); near != "" {
 		return fmt.Sprintf("unknown option %s; did you mean %q?", name, near)
 	}
 	return fmt.Sprintf("unknown option %s; known there: %v", name, known)
-}
-
-func set(target, value any) bool {
-	switch t := target.(type) {
-	case *string:
-		v, ok := value.(string)
-		*t = v
-		return ok
-	case *bool:
-		v, ok := value.(bool)
-		*t = v
-		return ok
-	case *uint32:
-		v, ok := value.(int64)
-		*t = uint32(v)
-		return ok && v >= 0 && v <= math.MaxUint32
-	case *[]string:
-		return setStrings(t, value)
-	}
-	return false
-}
-
-func setStrings(to *[]string, value any) bool {
-	list, ok := value.([]any)
-	if !ok {
-		return false
-	}
-	var all []string
-	for _, e := range list {
-		s, ok := e.(string)
-		if !ok {
-			return false
-		}
-		all = append(all, s)
-	}
-	*to = all
-	return true
 }

@@ -3,7 +3,11 @@ package cri
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
+	"time"
 
+	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
 
 	debugv1 "cloister.dev/api/debug/v1"
@@ -14,11 +18,15 @@ import (
 // Checker compares what the pod service knows with what is on the machine.
 type Checker interface {
 	Fsck(ctx context.Context, repair bool) ([]pod.Finding, error)
+	Containers() []pod.Container
 }
 
-// Watcher follows pulls.
-type Watcher interface {
+// Keeper looks after the images of the node.
+type Keeper interface {
+	Get(refOrID string) (image.Image, error)
 	Watch(ctx context.Context, ref string, tell func(image.Progress)) error
+	Check(ctx context.Context, repair bool) ([]image.Finding, error)
+	Prune(ctx context.Context, o image.PruneOptions) ([]image.Pruned, error)
 }
 
 // Machinist knows the pods' virtual machines.
@@ -31,7 +39,7 @@ type Machinist interface {
 type Debug struct {
 	debugv1.UnimplementedDebugServer
 	Pods    Checker
-	Images  Watcher
+	Images  Keeper
 	Machine Machinist
 }
 
@@ -48,7 +56,49 @@ func (d *Debug) Fsck(ctx context.Context, r *debugv1.FsckRequest) (*debugv1.Fsck
 	for _, f := range found {
 		resp.Findings = append(resp.Findings, &debugv1.Finding{Kind: f.Kind, Id: f.ID, Path: f.Path, Detail: f.Detail, Repaired: f.Repaired, Error: f.Err})
 	}
-	return resp, nil
+	if !r.GetContent() {
+		return resp, nil
+	}
+	damaged, err := d.Images.Check(ctx, r.GetRepair())
+	for _, f := range damaged {
+		resp.Findings = append(resp.Findings, &debugv1.Finding{Kind: f.Kind, Id: f.ID, Path: f.Path, Detail: f.Detail, Repaired: f.Repaired, Error: f.Err})
+	}
+	return resp, err
+}
+
+// PruneImages removes images that no container uses, neither as its root file
+// system nor as a volume.
+func (d *Debug) PruneImages(ctx context.Context, r *debugv1.PruneImagesRequest) (*debugv1.PruneImagesResponse, error) {
+	if r.GetOlderThanSeconds() < 0 {
+		return nil, fmt.Errorf("an age of %d seconds: %w", r.GetOlderThanSeconds(), errdefs.ErrInvalidArgument)
+	}
+	pruned, err := d.Images.Prune(ctx, image.PruneOptions{
+		InUse: d.inUse, Age: time.Duration(r.GetOlderThanSeconds()) * time.Second, DryRun: r.GetDryRun()})
+	resp := &debugv1.PruneImagesResponse{}
+	for _, p := range pruned {
+		out := &debugv1.PrunedImage{Id: p.Image.ID, Names: append(slices.Clone(p.Image.RepoTags), p.Image.RepoDigests...), Size: p.Image.Size}
+		if p.Err != nil {
+			out.Error = p.Err.Error()
+		}
+		resp.Images = append(resp.Images, out)
+	}
+	return resp, err
+}
+
+func (d *Debug) inUse(id string) bool {
+	for _, c := range d.Pods.Containers() {
+		if c.ImageID == id {
+			return true
+		}
+		for _, m := range c.Config.GetMounts() {
+			if ref := m.GetImage().GetImage(); ref != "" {
+				if img, err := d.Images.Get(ref); err == nil && img.ID == id {
+					return true
+				}
+			}
+		}
+	}
+	return false
 }
 
 // PullProgress follows one pull. Pictures that the client does not take in

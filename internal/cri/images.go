@@ -3,6 +3,7 @@ package cri
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
@@ -17,30 +18,35 @@ const handlerAnnotation = "io.containerd.cri.runtime-handler"
 
 // PullImage fetches an image and gives its ID.
 func (s *Server) PullImage(ctx context.Context, r *runtimeapi.PullImageRequest) (*runtimeapi.PullImageResponse, error) {
-	snapshotter, err := s.snapshotterOf(r.GetImage())
+	snapshotter, platform, err := s.placeOf(r.GetImage())
 	if err != nil {
 		return nil, err
 	}
-	img, err := s.images.Pull(ctx, image.PullRequest{Ref: r.GetImage().GetImage(), Auth: auth(r.GetAuth()), Snapshotter: snapshotter})
+	start := time.Now()
+	img, err := s.images.Pull(ctx, image.PullRequest{Ref: r.GetImage().GetImage(), Auth: auth(r.GetAuth()), Snapshotter: snapshotter, Platform: platform})
+	if s.observePull != nil {
+		s.observePull(time.Since(start), int64(img.Size), err)
+	}
 	if err != nil {
 		return nil, err
 	}
 	return &runtimeapi.PullImageResponse{ImageRef: img.ID}, nil
 }
 
-func (s *Server) snapshotterOf(spec *runtimeapi.ImageSpec) (string, error) {
+// placeOf tells where an image's layers go and for which platform it is, both
+// as the handler that it is for has it.
+func (s *Server) placeOf(spec *runtimeapi.ImageSpec) (snapshotter, platform string, err error) {
 	handler := spec.GetRuntimeHandler()
 	if handler == "" {
 		handler = spec.GetAnnotations()[handlerAnnotation]
 	}
 	if err := handlerName(handler); err != nil {
-		return "", err
+		return "", "", err
 	}
-	snapshotter, err := s.snapshotter(handler)
-	if err != nil {
-		return "", fmt.Errorf("image for handler %q: %w", handler, err)
+	if snapshotter, err = s.snapshotter(handler); err != nil {
+		return "", "", fmt.Errorf("image for handler %q: %w", handler, err)
 	}
-	return snapshotter, nil
+	return snapshotter, s.platform(handler), nil
 }
 
 func auth(a *runtimeapi.AuthConfig) *image.Auth {

@@ -37,19 +37,24 @@ func encode(v any) (map[string]string, error) {
 
 func sandboxInfo(sb pod.Sandbox) (map[string]string, error) {
 	info := struct {
-		Pid            uint32                       `json:"pid"`
-		ProcessStatus  string                       `json:"processStatus"`
-		NetNSClosed    bool                         `json:"netNamespaceClosed"`
-		RuntimeHandler string                       `json:"runtimeHandler"`
-		Bundle         string                       `json:"bundle"`
-		RuntimeSpec    *specs.Spec                  `json:"runtimeSpec,omitempty"`
-		CNIResult      json.RawMessage              `json:"cniResult,omitempty"`
-		Config         *runtimeapi.PodSandboxConfig `json:"config"`
+		Pid            uint32                         `json:"pid"`
+		ProcessStatus  string                         `json:"processStatus"`
+		NetNSClosed    bool                           `json:"netNamespaceClosed"`
+		RuntimeHandler string                         `json:"runtimeHandler"`
+		Bundle         string                         `json:"bundle"`
+		RuntimeSpec    *specs.Spec                    `json:"runtimeSpec,omitempty"`
+		CNIResult      json.RawMessage                `json:"cniResult,omitempty"`
+		Overhead       *runtimeapi.ContainerResources `json:"overhead,omitempty"`
+		Resources      *runtimeapi.ContainerResources `json:"resources,omitempty"`
+		Config         *runtimeapi.PodSandboxConfig   `json:"config"`
 	}{
 		Pid: sb.Pid, ProcessStatus: "running", RuntimeHandler: sb.Handler, Bundle: sb.Bundle, Config: sb.Config,
 	}
 	if sb.State != runtimeapi.PodSandboxState_SANDBOX_READY {
 		info.ProcessStatus, info.NetNSClosed = "deleted", sb.NetNS != ""
+	}
+	if sb.Resized {
+		info.Overhead, info.Resources = &runtimeapi.ContainerResources{Linux: sb.Overhead}, &runtimeapi.ContainerResources{Linux: sb.Resources}
 	}
 	if json.Valid(sb.Network) {
 		info.CNIResult = sb.Network

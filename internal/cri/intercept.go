@@ -67,6 +67,9 @@ func (s *Server) recovered(call string, err *error) {
 // note writes the line of a call. It names what the call was about and nothing
 // else of the request: commands, environment and credentials stay out.
 func (s *Server) note(ctx context.Context, call string, start time.Time, req, resp any, err error) {
+	if s.observeCall != nil {
+		s.observeCall(call, status.Code(err).String(), time.Since(start))
+	}
 	level := slog.LevelDebug
 	switch {
 	case changing[call] && err != nil:

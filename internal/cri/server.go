@@ -86,7 +86,13 @@ type Options struct {
 	// Snapshotter tells where images for a runtime handler are unpacked; nil
 	// means the default for all.
 	Snapshotter func(handler string) (string, error)
-	Log         *slog.Logger
+	// Platform tells for which platform images for a runtime handler are pulled,
+	// "" for the node's own; nil means that for all.
+	Platform func(handler string) string
+	Log      *slog.Logger
+	// ObserveCall and ObservePull are told of calls and pulls; nil ones are not.
+	ObserveCall func(call, code string, took time.Duration)
+	ObservePull func(took time.Duration, bytes int64, err error)
 }
 
 // Server implements CRI's RuntimeService and ImageService.
@@ -99,8 +105,11 @@ type Server struct {
 	stream      *stream.Server
 	version     string
 	snapshotter func(handler string) (string, error)
+	platform    func(handler string) string
 	log         *slog.Logger
 	subscribe   func() events
+	observeCall func(call, code string, took time.Duration)
+	observePull func(took time.Duration, bytes int64, err error)
 
 	stopping context.Context // over once event streams are to end
 	stop     context.CancelFunc
@@ -115,7 +124,8 @@ type events interface {
 // New makes a server of the given services.
 func New(o Options) *Server {
 	s := &Server{
-		pods: o.Pods, images: o.Images, stream: o.Stream, version: o.Version, snapshotter: o.Snapshotter, log: o.Log,
+		pods: o.Pods, images: o.Images, stream: o.Stream, version: o.Version, snapshotter: o.Snapshotter, platform: o.Platform, log: o.Log,
+		observeCall: o.ObserveCall, observePull: o.ObservePull,
 		subscribe: func() events { return o.Pods.Subscribe() },
 	}
 	s.stopping, s.stop = context.WithCancel(context.Background())
@@ -124,6 +134,9 @@ func New(o Options) *Server {
 	}
 	if s.snapshotter == nil {
 		s.snapshotter = func(string) (string, error) { return "", nil }
+	}
+	if s.platform == nil {
+		s.platform = func(string) string { return "" }
 	}
 	return s
 }

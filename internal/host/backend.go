@@ -144,6 +144,9 @@ type Runtime struct {
 	SystemdCgroup bool   `json:"systemdCgroup,omitempty"`
 	NoNewKeyring  bool   `json:"noNewKeyring,omitempty"`
 	NoPivotRoot   bool   `json:"noPivotRoot,omitempty"`
+	// NoCgroup runs containers without a cgroup where the runtime can; the
+	// others make one as they like.
+	NoCgroup bool `json:"noCgroup,omitempty"`
 }
 
 // Mount is a file system to mount for a task.

@@ -211,6 +211,9 @@ func (t *taskIO) discard() {
 func (t *taskIO) run(console *os.File, held map[string]*os.File) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.Terminal && held == nil { // it was just started
+		t.fan.KeepEarly("stdout")
+	}
 	if t.Terminal && !t.External {
 		if console == nil {
 			return errors.New("the runtime gave no terminal")
@@ -239,14 +242,14 @@ func (t *taskIO) run(console *os.File, held map[string]*os.File) error {
 	return nil
 }
 
-// flush waits until what was written before is in the log.
+// flush waits until all that the ended container wrote is in the log.
 func (t *taskIO) flush(ctx context.Context) error {
 	t.mu.Lock()
 	streams := t.streams
 	t.mu.Unlock()
 	var errs []error
 	for _, s := range streams {
-		errs = append(errs, s.Flush(ctx))
+		errs = append(errs, s.FlushAll(ctx))
 	}
 	return errors.Join(errs...)
 }

@@ -1,12 +1,14 @@
 package host
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -58,12 +60,41 @@ type sandboxRecord struct {
 	Exit      *proc.Exit  `json:"exit,omitempty"` // also set by StopSandbox
 }
 
+// A record's file is a list of its versions, one a line, and the last whole one
+// holds: a line added costs a tenth of a file replaced, which on a disk waits
+// for the data. Records need not outlive a reboot, only this program.
+
+// maxVersions is the size in bytes at which a file is begun anew.
+const maxVersions = 64 << 10
+
 // save writes a record so that a reader sees the old or the new one, whole.
 func save(path string, record any) error {
 	b, err := json.Marshal(record)
 	if err != nil {
 		return fmt.Errorf("encode %s: %w", filepath.Base(path), err)
 	}
+	// The line before may be half a version, left by a crash.
+	b = slices.Concat([]byte("\n"), b, []byte("\n"))
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return fmt.Errorf("write a record: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("write a record: %w", err)
+	}
+	if st.Size() > maxVersions {
+		return replace(path, b)
+	}
+	if _, err := f.Write(b); err != nil {
+		// What the next one is added to must not be half of this one.
+		return errors.Join(fmt.Errorf("write a record: %w", err), f.Truncate(st.Size()))
+	}
+	return nil
+}
+
+func replace(path string, b []byte) error {
 	tmp := path + ".new"
 	if err := os.WriteFile(tmp, b, 0o600); err != nil {
 		return fmt.Errorf("write a record: %w", err)
@@ -74,12 +105,21 @@ func save(path string, record any) error {
 	return nil
 }
 
+// load reads the newest version of a record.
 func load(path string, record any) error {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return err
 	}
-	if err := json.Unmarshal(b, record); err != nil {
+	versions := bytes.Split(bytes.TrimRight(b, "\n"), []byte("\n"))
+	newest := versions[len(versions)-1]
+	for _, v := range slices.Backward(versions) {
+		if json.Valid(v) { // and not the beginning of one
+			newest = v
+			break
+		}
+	}
+	if err := json.Unmarshal(newest, record); err != nil {
 		return fmt.Errorf("read the record %s: %w", path, err)
 	}
 	return nil

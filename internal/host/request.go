@@ -70,7 +70,8 @@ func (rec *taskRecord) readOptions(r *taskapi.CreateTaskRequest) error {
 
 func (rec *taskRecord) readOwn(o *hostv1.TaskOptions) error {
 	s := &rec.Spec
-	s.Runtime = Runtime{Binary: o.BinaryName, Root: o.Root, SystemdCgroup: o.SystemdCgroup, NoNewKeyring: o.NoNewKeyring}
+	s.Runtime = Runtime{Binary: o.BinaryName, Root: o.Root, SystemdCgroup: o.SystemdCgroup, NoNewKeyring: o.NoNewKeyring,
+		NoPivotRoot: o.NoPivotRoot, NoCgroup: o.NoCgroup}
 	s.RunOnStart, s.Sandbox, s.TargetTask = o.RunOnStart, o.SandboxId, o.TargetTask
 	log := o.GetLog()
 	if p := log.GetPath(); p != "" && (!filepath.IsAbs(p) || filepath.Clean(p) != p) {

@@ -180,14 +180,20 @@ func (s taskService) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb
 	if err != nil {
 		return nil, err
 	}
-	rec := t.record()
+	rec, err := t.made(ctx)
+	if err != nil {
+		return nil, err
+	}
 	p, exit := rec.Init, rec.Exit
 	if r.ExecID != "" {
 		x, err := t.exec(r.ExecID)
 		if err != nil {
 			return nil, err
 		}
-		xr := x.record()
+		xr, err := x.made(ctx)
+		if err != nil {
+			return nil, err
+		}
 		p, exit = xr.Init, xr.Exit
 	}
 	if exit != nil {
@@ -200,6 +206,36 @@ func (s taskService) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb
 		return nil, err
 	}
 	return &emptypb.Empty{}, nil
+}
+
+// made gives the record once no start is under way: what is being started can
+// be killed as soon as it is there.
+func (t *task) made(ctx context.Context) (taskRecord, error) {
+	rec := t.record()
+	if rec.Phase != phaseStarting || rec.Exit != nil {
+		return rec, nil
+	}
+	unlock, err := t.lock(ctx)
+	if err != nil {
+		return rec, err
+	}
+	defer unlock()
+	return t.record(), nil
+}
+
+// made gives the record once no start is under way.
+func (x *execution) made(ctx context.Context) (execRecord, error) {
+	rec := x.record()
+	if rec.Phase != phaseStarting || rec.Exit != nil {
+		return rec, nil
+	}
+	select {
+	case x.op <- struct{}{}:
+		defer func() { <-x.op }()
+		return x.record(), nil
+	case <-ctx.Done():
+		return rec, fmt.Errorf("wait for the start of exec %s: %w", rec.ID, ctx.Err())
+	}
 }
 
 func (s taskService) Pids(ctx context.Context, r *taskapi.PidsRequest) (*taskapi.PidsResponse, error) {

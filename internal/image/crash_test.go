@@ -26,7 +26,7 @@ func TestCrashChild(t *testing.T) {
 	if root == "" {
 		t.Skip("runs as a child of TestKilledPull only")
 	}
-	s, err := Open(context.Background(), Options{Root: root, ConfigPath: root + "/none"})
+	s, err := Open(context.Background(), Options{Root: root, Hosts: Hosts{ConfigPath: root + "/none"}})
 	if err != nil {
 		t.Fatal(err)
 	}

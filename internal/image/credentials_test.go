@@ -15,6 +15,8 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+
+	"cloister.dev/internal/image/creds"
 )
 
 const password = "hunter2-very-secret"
@@ -66,14 +68,21 @@ func TestCredentials(t *testing.T) {
 	}
 }
 
+type sourceFunc func(host string) (creds.Credential, bool)
+
+func (f sourceFunc) Find(_ context.Context, host, _ string) (creds.Credential, bool, error) {
+	c, ok := f(host)
+	return c, ok, nil
+}
+
 func TestStoreCredentialsAndToken(t *testing.T) {
 	reg := newRegistry(t)
 	var asked []string
 	s := openStore(t, func(o *Options) {
-		o.Credentials = func(host string) (string, string, error) {
+		o.Credentials = sourceFunc(func(host string) (creds.Credential, bool) {
 			asked = append(asked, host)
-			return "me", password, nil
-		}
+			return creds.Credential{User: "me", Secret: password}, true
+		})
 	})
 	ref := reg.push(t, "app", "1", imageOf(t, nil, fileLayer(t, "f", []byte("x"))))
 	reg.fault(basicAuth)

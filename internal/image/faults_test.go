@@ -198,7 +198,7 @@ func TestHostileDocuments(t *testing.T) {
 		"config digest path":      {manifestType, manifest(fmt.Sprintf(`{"mediaType":%q,"digest":"sha256:../../../etc/passwd","size":3}`, configType), ""), errdefs.IsInvalidArgument, "digest"},
 		"negative layer":          {manifestType, manifest(goodConfig, fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":-5}`, layerType, lh)), errdefs.IsInvalidArgument, "size"},
 		"size wraps":              {manifestType, manifest(goodConfig, fmt.Sprintf(`{"mediaType":%q,"digest":%q,"size":18446744073709551615}`, layerType, lh)), errdefs.IsInvalidArgument, ""},
-		"encrypted layer":         {manifestType, manifest(goodConfig, fmt.Sprintf(`{"mediaType":"%s+encrypted","digest":%q,"size":%d}`, layerType, lh, ls)), errdefs.IsNotImplemented, "encrypted"},
+		"encrypted layer":         {manifestType, manifest(goodConfig, fmt.Sprintf(`{"mediaType":"%s+encrypted","digest":%q,"size":%d}`, layerType, lh, ls)), errdefs.IsPermissionDenied, "encrypted"},
 		"unknown layer":           {manifestType, manifest(goodConfig, fmt.Sprintf(`{"mediaType":"text/html","digest":%q,"size":%d}`, lh, ls)), errdefs.IsNotImplemented, "text/html"},
 		"too many layers":         {manifestType, manifest(goodConfig, goodLayer+strings.Repeat(","+goodLayer, maxLayers)), errdefs.IsResourceExhausted, "limit"},
 		"a million layers":        {manifestType, manifest(goodConfig, "{}"+strings.Repeat(",{}", 1_000_000)), errdefs.IsResourceExhausted, ""},

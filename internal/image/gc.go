@@ -144,7 +144,10 @@ func (s *Store) markAll(ctx context.Context) error {
 		if !s.inUse(name) {
 			continue
 		}
-		if _, err := sn.Prepare(ctx, "sweep", ""); err != nil && !errdefs.IsAlreadyExists(err) {
+		_, err := sn.Prepare(ctx, "sweep", "")
+		if _, ok := s.o.ProxySnapshotters[name]; ok && err != nil {
+			s.log.Warn("proxy snapshotter does not answer", "snapshotter", name, "error", clean(err.Error()))
+		} else if err != nil && !errdefs.IsAlreadyExists(err) {
 			return fmt.Errorf("mark snapshotter %s: %w", name, err)
 		}
 	}

@@ -38,15 +38,20 @@ import (
 type Options struct {
 	// Root holds content, snapshots and meta.db. It is made with mode 0700.
 	Root string
-	// Snapshotter is the default one: "overlayfs" (also when empty) or "native".
+	// Snapshotter is the default one: "overlayfs" (also when empty), "native",
+	// "btrfs" or the name of a proxy.
 	Snapshotter string
-	// ConfigPath is a list of hosts.toml trees, separated by ":". Empty means
-	// /etc/containerd/certs.d:/etc/docker/certs.d. Files are read at each pull.
-	ConfigPath string
-	// Headers are sent with every request to a configured registry host.
-	Headers map[string][]string
+	// Snapshotters are others that pulls and root file systems will name.
+	Snapshotters []string
+	// ProxySnapshotters are served by other programs, by name.
+	ProxySnapshotters map[string]ProxySnapshotter
+	// Hosts is how registries are reached at first; see SetHosts.
+	Hosts
 	// MaxConcurrentDownloads bounds the layers of one image in flight (3).
 	MaxConcurrentDownloads int
+	// LayerFetchBuffer is the size of the parts in which a layer is asked for,
+	// MaxConcurrentDownloads of them at a time. 0 asks for a layer at once.
+	LayerFetchBuffer int
 	// ProgressTimeout cancels a pull that moves no byte for so long while a
 	// request is open. 0 means never. Five minutes is a good value.
 	ProgressTimeout time.Duration
@@ -57,8 +62,6 @@ type Options struct {
 	// SyncFS flushes the file system of the snapshots after each layer, so that
 	// a power cut cannot leave a committed layer with empty files.
 	SyncFS bool
-	// Credentials answers for a registry host when a pull brings none; may be nil.
-	Credentials func(host string) (user, secret string, err error)
 	// Log may be nil.
 	Log *slog.Logger
 }
@@ -78,8 +81,9 @@ type Image struct {
 	Target      digest.Digest
 	ConfigJSON  []byte
 
-	target   imagespec.Descriptor
-	platform string
+	target    imagespec.Descriptor
+	platform  string
+	encrypted bool
 }
 
 // Auth is what a caller of Pull knows about itself. All fields empty means

@@ -14,6 +14,8 @@ import (
 	"github.com/opencontainers/go-digest"
 	"github.com/opencontainers/image-spec/identity"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"cloister.dev/internal/image/crypt"
 )
 
 // Bounds on what a registry may make this process hold in memory, or the node
@@ -55,18 +57,19 @@ func (l *bounded[T]) UnmarshalJSON(b []byte) error {
 }
 
 // descriptor is the part of a descriptor that is believed. URLs would let an
-// image send the node to any address, annotations and data steer containerd's
-// libraries.
+// image send the node to any address; annotations, but for those of encrypted
+// layers, and data steer containerd's libraries.
 type descriptor struct {
 	MediaType    string              `json:"mediaType"`
 	Digest       digest.Digest       `json:"digest"`
 	Size         int64               `json:"size"`
 	Platform     *imagespec.Platform `json:"platform"`
 	ArtifactType string              `json:"artifactType"`
+	Encryption   encryption          `json:"annotations"`
 }
 
 func (d descriptor) plain() imagespec.Descriptor {
-	return imagespec.Descriptor{MediaType: d.MediaType, Digest: d.Digest, Size: d.Size}
+	return imagespec.Descriptor{MediaType: crypt.Plain(d.MediaType), Digest: d.Digest, Size: d.Size}
 }
 
 func (d descriptor) check(what string, most int64) error {
@@ -165,8 +168,8 @@ func (d document) checkImage() error {
 		if err := l.check("layer", maxBlob); err != nil {
 			return err
 		}
-		if !images.IsLayerType(l.MediaType) || strings.Contains(l.MediaType, "+encrypted") {
-			return fmt.Errorf("layer %s of type %s is not supported: %w", l.Digest, quoted(l.MediaType), errdefs.ErrNotImplemented)
+		if mt := crypt.Plain(l.MediaType); !images.IsLayerType(mt) || mt == images.MediaTypeErofsLayer {
+			return fmt.Errorf("layer %s of type %s is not supported, only archives of files are: %w", l.Digest, quoted(l.MediaType), errdefs.ErrNotImplemented)
 		}
 	}
 	return nil
@@ -327,6 +330,7 @@ func (c chosen) image(platformName string) Image {
 		ConfigJSON: c.raw,
 		target:     target,
 		platform:   platformName,
+		encrypted:  c.sealed(),
 	}
 	img.UID, img.Username = parseUser(c.config.Config.User)
 	if ids := c.config.RootFS.DiffIDs; len(ids) > 0 {

@@ -125,7 +125,11 @@ func (t *tracker) finish() {
 // tracked is the fetcher with the tracker looking on.
 func (p *puller) tracked() remotes.Fetcher {
 	return remotes.FetcherFunc(func(ctx context.Context, desc imagespec.Descriptor) (io.ReadCloser, error) {
-		rc, err := p.fetcher.Fetch(ctx, desc)
+		fetcher := p.fetcher
+		if p.inParts(desc) {
+			fetcher = p.parts
+		}
+		rc, err := fetcher.Fetch(ctx, desc)
 		if err != nil {
 			return nil, err
 		}

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -28,13 +29,15 @@ type puller struct {
 	session *session
 	track   *tracker
 	fetcher remotes.Fetcher
+	parts   remotes.Fetcher // for large layers; nil: none
+	whole   atomic.Bool     // the registry cannot send parts
 }
 
 // attempt pulls once, for all who wait for it.
 func (s *Store) attempt(ctx context.Context, name reference.Named, req PullRequest, track *tracker) (_ Image, err error) {
 	start := time.Now()
 	p := &puller{s: s, name: name, req: req, track: track}
-	if p.session, err = s.newSession(req.Auth); err != nil {
+	if p.session, err = s.newSession(name, req.Auth); err != nil {
 		return Image{}, fmt.Errorf("pull image %s: %w", quoted(name.String()), err)
 	}
 	defer p.session.close()
@@ -48,7 +51,7 @@ func (s *Store) attempt(ctx context.Context, name reference.Named, req PullReque
 		if cause := context.Cause(ctx); cause != nil {
 			err = cause
 		}
-		err = explain(name.String(), err, p.session.secret.secrets)
+		err = explain(name.String(), err, p.session.secrets())
 		s.log.Warn("image pull failed", "ref", name.String(), "took", time.Since(start), "error", err)
 		return Image{}, err
 	}
@@ -69,7 +72,7 @@ func (p *puller) run(ctx context.Context) (_ Image, err error) {
 	}()
 	ctx = leases.WithLease(ctx, lease.ID)
 
-	resolver := p.session.resolver(ctx, s.o.ConfigPath)
+	resolver := p.session.resolver(ctx)
 	_, target, err := resolver.Resolve(ctx, pullRef(p.name))
 	if err != nil {
 		return Image{}, fmt.Errorf("resolve: %w", err)
@@ -77,10 +80,14 @@ func (p *puller) run(ctx context.Context) (_ Image, err error) {
 	if d, ok := p.name.(reference.Digested); ok && d.Digest() != target.Digest {
 		return Image{}, fmt.Errorf("resolve: asked for %s, got %s: %w", d.Digest(), target.Digest, errLied)
 	}
-	if p.fetcher, err = resolver.Fetcher(ctx, pullRef(p.name)); err != nil {
+	if p.fetcher, p.parts, err = p.session.fetchers(ctx, resolver, pullRef(p.name)); err != nil {
 		return Image{}, fmt.Errorf("resolve: %w", err)
 	}
 	c, err := follow(ctx, target, p.req.Platform, p.read)
+	if err != nil {
+		return Image{}, err
+	}
+	keys, err := s.authorise(ctx, c)
 	if err != nil {
 		return Image{}, err
 	}
@@ -88,7 +95,10 @@ func (p *puller) run(ctx context.Context) (_ Image, err error) {
 		return Image{}, err
 	}
 	p.track.layers(c.layers())
-	if err := p.s.unpack(ctx, c, p.req.Snapshotter, p.blob, p.track, !s.o.DiscardUnpackedLayers); err != nil {
+	if err := s.prove(ctx, c, s.snapshotters[p.req.Snapshotter], p.locked); err != nil {
+		return Image{}, err
+	}
+	if err := s.unpack(ctx, unpacking{c, keys, p.req.Snapshotter, p.blob, p.track, !s.o.DiscardUnpackedLayers, p.name.String()}); err != nil {
 		return Image{}, err
 	}
 	img := c.image(p.req.Platform)
@@ -125,6 +135,10 @@ func (p *puller) blob(ctx context.Context, desc imagespec.Descriptor) error {
 			p.track.fetched(desc)
 			return nil
 		}
+		if p.inParts(desc) && refusesRange(err) {
+			p.whole.Store(true)
+			continue
+		}
 		wrong := errdefs.IsFailedPrecondition(err)
 		if !wrong && (before.Offset == 0 || !refusesRange(err)) {
 			return fmt.Errorf("fetch %s: %w", desc.Digest, err)
@@ -136,6 +150,11 @@ func (p *puller) blob(ctx context.Context, desc imagespec.Descriptor) error {
 			return fmt.Errorf("fetch %s: %v: %w", desc.Digest, err, errLied)
 		}
 	}
+}
+
+// inParts says whether a blob is asked for in several parts at a time.
+func (p *puller) inParts(desc imagespec.Descriptor) bool {
+	return p.parts != nil && desc.Size > int64(p.session.chunk) && !p.whole.Load()
 }
 
 // refusesRange tells the answers of registries that cannot send a part of a

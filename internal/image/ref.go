@@ -23,7 +23,7 @@ func parseName(s string) (reference.Named, error) {
 	}
 	named, err := reference.ParseDockerRef(s)
 	if err != nil {
-		return nil, fmt.Errorf("image name %s: %v: %w", quoted(s), err, errdefs.ErrInvalidArgument)
+		return nil, fmt.Errorf("image name %s: %s: %w", quoted(s), clean(err.Error()), errdefs.ErrInvalidArgument)
 	}
 	return named, nil
 }

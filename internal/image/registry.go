@@ -1,74 +1,138 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"encoding/base64"
+	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"net/url"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
 	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	dockerconfig "github.com/containerd/containerd/v2/core/remotes/docker/config"
+	"github.com/containerd/containerd/v2/core/transfer"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/distribution/reference"
+	"github.com/sirupsen/logrus"
+
+	"cloister.dev/internal/image/creds"
 )
 
 // session is one pull's view of the registries: the hosts that the
 // configuration gives for the image, credentials for exactly those, and the
 // meter that watches all traffic.
 type session struct {
-	meter   *meter
-	secret  credentials
-	headers http.Header
+	meter      *meter
+	secret     credentials
+	node       creds.Source
+	configPath string
+	headers    http.Header
+	registry   string // of the image's name
+	repository string
+
+	// A layer larger than a chunk is fetched by so many requests at a time.
+	chunk, parallel int
 
 	mu         sync.Mutex
 	hosts      map[string]bool // host[:port] of the configuration
 	transports []*guard
 }
 
-func (s *Store) newSession(auth *Auth) (*session, error) {
-	c, err := s.credentials(auth)
+func (s *Store) newSession(name reference.Named, auth *Auth) (*session, error) {
+	hosts := s.hosts.Load()
+	c, err := callersCredentials(auth)
 	if err != nil {
 		return nil, err
 	}
 	return &session{
-		meter:   newMeter(),
-		secret:  c,
-		headers: http.Header(maps.Clone(s.o.Headers)),
-		hosts:   make(map[string]bool),
+		meter:      newMeter(),
+		configPath: hosts.ConfigPath,
+		secret:     c,
+		node:       hosts.Credentials,
+		headers:    http.Header(maps.Clone(hosts.Headers)),
+		registry:   reference.Domain(name),
+		repository: reference.Path(name),
+		chunk:      s.o.LayerFetchBuffer,
+		parallel:   s.o.MaxConcurrentDownloads,
+		hosts:      make(map[string]bool),
 	}, nil
 }
 
 // resolver speaks to the hosts that the trees of hosts.toml name.
-func (ss *session) resolver(ctx context.Context, configPath string) remotes.Resolver {
-	hosts := dockerconfig.ConfigureHosts(ctx, dockerconfig.HostOptions{
-		HostDir:      hostDirs(configPath),
-		Credentials:  ss.credentialsFor,
+func (ss *session) resolver(ctx context.Context) remotes.Resolver {
+	options := dockerconfig.HostOptions{
+		HostDir:      hostDirs(ss.configPath),
+		Credentials:  func(host string) (string, string, error) { return ss.credentialsFor(ctx, host) },
 		UpdateClient: ss.guardClient,
-	})
+	}
 	return docker.NewResolver(docker.ResolverOptions{
 		Headers: ss.headers,
 		Hosts: func(name string) ([]docker.RegistryHost, error) {
-			list, err := hosts(name)
-			if err != nil {
-				return nil, fmt.Errorf("registry configuration for %s below %s: %w: %w", quoted(name), configPath, err, errdefs.ErrFailedPrecondition)
+			var c complaint
+			list, err := dockerconfig.ConfigureHosts(c.within(ctx), options)(name)
+			if err = cmp.Or(err, c.err); err != nil {
+				return nil, fmt.Errorf("registry configuration for %s below %s: %w: %w", quoted(name), ss.configPath, err, errdefs.ErrFailedPrecondition)
 			}
 			ss.mu.Lock()
 			defer ss.mu.Unlock()
 			for i, h := range list {
 				ss.hosts[h.Host] = true
-				if ss.secret.registryToken != "" {
+				if ss.secret.registryToken != "" && !ss.mirror(h.Host) {
 					list[i].Authorizer = bearer{ss}
 				}
 			}
 			return list, nil
 		},
 	})
+}
+
+// fetchers fetch blobs of a repository at once, and large ones in parts. parts
+// is nil when that is not asked for.
+func (ss *session) fetchers(ctx context.Context, r remotes.Resolver, ref string) (whole, parts remotes.Fetcher, err error) {
+	if whole, err = r.Fetcher(ctx, ref); err != nil || ss.chunk <= 0 {
+		return whole, nil, err
+	}
+	o, ok := r.(interface {
+		SetOptions(...transfer.ImageResolverOption)
+	})
+	if !ok {
+		return whole, nil, nil
+	}
+	o.SetOptions(transfer.WithConcurrentLayerFetchBuffer(ss.chunk), transfer.WithMaxConcurrentDownloads(ss.parallel))
+	parts, err = r.Fetcher(ctx, ref)
+	return whole, parts, err
+}
+
+// complaint catches what containerd's reader of hosts.toml only logs: it goes
+// on as if a damaged file were not there, past the mirrors that it names.
+type complaint struct{ err error }
+
+func (c *complaint) within(ctx context.Context) context.Context {
+	l := logrus.New()
+	l.SetOutput(io.Discard)
+	l.AddHook(c)
+	return log.WithLogger(ctx, logrus.NewEntry(l))
+}
+
+// Levels and Fire make it a hook of a logger.
+func (*complaint) Levels() []logrus.Level { return []logrus.Level{logrus.ErrorLevel} }
+
+func (c *complaint) Fire(e *logrus.Entry) error {
+	err, ok := e.Data[logrus.ErrorKey].(error)
+	if !ok {
+		err = errors.New("unknown fault")
+	}
+	c.err = cmp.Or(c.err, fmt.Errorf("%s: %w", e.Message, err))
+	return nil
 }
 
 // hostDirs looks through the trees in their order; the first that knows the
@@ -115,6 +179,9 @@ func (ss *session) close() {
 	}
 }
 
+// mirror says whether a host stands in for the registry of the image's name.
+func (ss *session) mirror(host string) bool { return creds.Hub(host) != creds.Hub(ss.registry) }
+
 func (ss *session) configured(host string) bool {
 	ss.mu.Lock()
 	defer ss.mu.Unlock()
@@ -122,27 +189,53 @@ func (ss *session) configured(host string) bool {
 }
 
 // credentialsFor answers a registry's challenge. A host that is not in the
-// configuration, reached by a redirect, gets nothing.
-func (ss *session) credentialsFor(host string) (string, string, error) {
+// configuration, reached by a redirect, gets nothing. The registry gets the
+// caller's credentials before the node's own; a mirror gets the node's own for
+// it first, which the caller cannot know.
+func (ss *session) credentialsFor(ctx context.Context, host string) (user, secret string, err error) {
 	if !ss.configured(host) {
 		return "", "", nil
 	}
-	return ss.secret.lookup(host)
+	if user, secret, _ = ss.secret.lookup(host); secret != "" && !ss.mirror(host) {
+		return user, secret, nil
+	}
+	if ss.node == nil {
+		return user, secret, nil
+	}
+	c, ok, err := ss.node.Find(ctx, host, ss.repository)
+	switch {
+	case ok:
+		ss.learn(c.Secret)
+		return c.User, c.Secret, nil
+	case secret != "":
+		return user, secret, nil
+	}
+	return "", "", err
 }
 
-// credentials are what a pull may show to a registry.
+// learn remembers a secret, for cutting it out of errors.
+func (ss *session) learn(secret string) {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	ss.secret.secrets = append(ss.secret.secrets, secret, base64.StdEncoding.EncodeToString([]byte(secret)))
+}
+
+func (ss *session) secrets() []string {
+	ss.mu.Lock()
+	defer ss.mu.Unlock()
+	return slices.Clone(ss.secret.secrets)
+}
+
+// credentials are what the caller of a pull lets a registry see.
 type credentials struct {
 	lookup        func(host string) (user, secret string, err error)
 	registryToken string
 	secrets       []string // for cutting them out of errors
 }
 
-func (s *Store) credentials(a *Auth) (credentials, error) {
+func callersCredentials(a *Auth) (credentials, error) {
 	none := func(string) (string, string, error) { return "", "", nil }
 	if a == nil || *a == (Auth{}) || *a == (Auth{ServerAddress: a.ServerAddress}) {
-		if s.o.Credentials != nil {
-			return credentials{lookup: s.o.Credentials}, nil
-		}
 		return credentials{lookup: none}, nil
 	}
 	user, secret := a.Username, a.Password
@@ -191,14 +284,7 @@ func serves(address, host string) bool {
 	if err != nil {
 		return false
 	}
-	hub := func(h string) string {
-		switch h {
-		case "index.docker.io", "registry-1.docker.io":
-			return "docker.io"
-		}
-		return strings.ToLower(h)
-	}
-	return hub(u.Host) == hub(host)
+	return creds.Hub(u.Host) == creds.Hub(host)
 }
 
 // bearer shows a ready-made registry token to configured hosts.

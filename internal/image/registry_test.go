@@ -267,7 +267,7 @@ func needRoot(t testing.TB) {
 func openStore(t testing.TB, edit func(*Options)) *Store {
 	t.Helper()
 	needRoot(t)
-	o := Options{Root: t.TempDir(), ConfigPath: t.TempDir(), Log: slog.New(slog.NewTextHandler(testWriter{t}, nil))}
+	o := Options{Root: t.TempDir(), Hosts: Hosts{ConfigPath: t.TempDir()}, Log: slog.New(slog.NewTextHandler(testWriter{t}, nil))}
 	if edit != nil {
 		edit(&o)
 	}

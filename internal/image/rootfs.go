@@ -65,11 +65,30 @@ func (s *Store) loadRoots(ctx context.Context) error {
 			}
 			return nil
 		})
-		if err != nil {
+		if _, ok := s.o.ProxySnapshotters[name]; ok && err != nil {
+			s.log.Warn("proxy snapshotter does not answer; its root file systems are found when it does", "snapshotter", name, "error", clean(err.Error()))
+		} else if err != nil {
 			return fmt.Errorf("list snapshots of %s: %w", name, err)
 		}
 	}
 	return nil
+}
+
+// findProxied looks for a root file system in snapshotters that may not have
+// answered when the store was opened.
+func (s *Store) findProxied(ctx context.Context, key string) (root, bool) {
+	for name := range s.o.ProxySnapshotters {
+		sn, ok := s.snapshotters[name]
+		if !ok {
+			continue
+		}
+		if i, err := sn.Stat(s.within(ctx), key); err == nil && i.Labels[labelRootfs] != "" {
+			r := root{name, i.Labels[labelVolatile] != ""}
+			s.roots.set(key, r)
+			return r, true
+		}
+	}
+	return root{}, false
 }
 
 // PrepareRootfs makes a writable root file system for a container and returns
@@ -114,6 +133,9 @@ func (s *Store) prepare(ctx context.Context, key string, img Image, r root, labe
 		return nil, fmt.Errorf("root file system %s: %w", quoted(key), errdefs.ErrAlreadyExists)
 	}
 	ctx = s.within(ctx)
+	if err := s.mayUse(ctx, img); err != nil {
+		return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
+	}
 	labels[labelRoot] = time.Now().UTC().Format(time.RFC3339)
 	labels[labelRootfs] = "1"
 	opt := snapshots.WithLabels(labels)
@@ -181,7 +203,7 @@ func withVolatile(mounts []mount.Mount, volatile bool) []mount.Mount {
 
 // RootfsMounts returns the mounts of an existing root file system or view.
 func (s *Store) RootfsMounts(ctx context.Context, key string) ([]mount.Mount, error) {
-	r, sn, err := s.existing(key)
+	r, sn, err := s.existing(ctx, key)
 	if err != nil {
 		return nil, err
 	}
@@ -192,8 +214,11 @@ func (s *Store) RootfsMounts(ctx context.Context, key string) ([]mount.Mount, er
 	return withVolatile(mounts, r.volatile), nil
 }
 
-func (s *Store) existing(key string) (root, snapshots.Snapshotter, error) {
+func (s *Store) existing(ctx context.Context, key string) (root, snapshots.Snapshotter, error) {
 	r, ok := s.roots.get(key)
+	if !ok {
+		r, ok = s.findProxied(ctx, key)
+	}
 	if !ok {
 		return root{}, nil, fmt.Errorf("root file system %s: %w", quoted(key), errdefs.ErrNotFound)
 	}
@@ -203,7 +228,7 @@ func (s *Store) existing(key string) (root, snapshots.Snapshotter, error) {
 // RemoveRootfs removes a root file system or view; one that does not exist is
 // fine. The caller has unmounted it. Its disk space is freed soon after.
 func (s *Store) RemoveRootfs(ctx context.Context, key string) error {
-	_, sn, err := s.existing(key)
+	_, sn, err := s.existing(ctx, key)
 	if errdefs.IsNotFound(err) {
 		return nil
 	}

@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -20,8 +21,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
-	"github.com/containerd/containerd/v2/plugins/snapshots/native"
-	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
@@ -30,9 +29,6 @@ import (
 
 const (
 	namespace = "k8s.io"
-
-	snapshotterOverlay = "overlayfs"
-	snapshotterNative  = "native"
 
 	// Labels of image records, as containerd's CRI server writes them.
 	labelManaged     = "io.cri-containerd.image"
@@ -60,6 +56,7 @@ type Store struct {
 	closers      []io.Closer
 
 	records  sync.Mutex
+	hosts    atomic.Pointer[Hosts]
 	index    *index
 	flights  flights
 	arrivals arrivals
@@ -95,6 +92,12 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	if err := os.MkdirAll(o.Root, 0o700); err != nil {
 		return nil, err
 	}
+	if err := os.RemoveAll(s.oldHosts()); err != nil {
+		return nil, err
+	}
+	if err := s.SetHosts(s.o.Hosts); err != nil {
+		return nil, err
+	}
 	if err := s.openSnapshotters(); err != nil {
 		return nil, err
 	}
@@ -117,9 +120,6 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 func withDefaults(o Options) Options {
 	if o.Snapshotter == "" {
 		o.Snapshotter = snapshotterOverlay
-	}
-	if o.ConfigPath == "" {
-		o.ConfigPath = defaultHostsPath
 	}
 	if o.MaxConcurrentDownloads <= 0 {
 		o.MaxConcurrentDownloads = 3
@@ -146,40 +146,6 @@ func (s *Store) Close() error {
 // libraries look for.
 func (s *Store) within(ctx context.Context) context.Context {
 	return namespaces.WithNamespace(log.WithLogger(ctx, log.G(s.ctx)), namespace)
-}
-
-func (s *Store) openSnapshotters() error {
-	s.snapshotters = make(map[string]snapshots.Snapshotter)
-	if s.o.Snapshotter != snapshotterOverlay && s.o.Snapshotter != snapshotterNative {
-		return fmt.Errorf("unknown snapshotter %q, choose %q or %q: %w", s.o.Snapshotter, snapshotterOverlay, snapshotterNative, errdefs.ErrInvalidArgument)
-	}
-	root := s.snapshotDir(snapshotterOverlay)
-	if err := os.MkdirAll(root, 0o700); err != nil {
-		return err
-	}
-	// Only the full check, with a mount, says whether overlayfs works here; it
-	// is worth its millisecond when overlayfs is to be used.
-	if err := overlayutils.Supported(root); err == nil {
-		sn, err := overlay.NewSnapshotter(root, overlay.AsynchronousRemove, overlay.WithRemapIDs)
-		if err != nil {
-			return fmt.Errorf("overlayfs snapshotter: %w", err)
-		}
-		s.snapshotters[snapshotterOverlay] = sn
-		s.closers = append(s.closers, sn)
-	} else if s.o.Snapshotter == snapshotterOverlay {
-		return fmt.Errorf("overlayfs does not work below %s, choose another root or the snapshotter %q: %w: %w", root, snapshotterNative, err, errdefs.ErrFailedPrecondition)
-	}
-	sn, err := native.NewSnapshotter(s.snapshotDir(snapshotterNative))
-	if err != nil {
-		return fmt.Errorf("native snapshotter: %w", err)
-	}
-	s.snapshotters[snapshotterNative] = sn
-	s.closers = append(s.closers, sn)
-	return nil
-}
-
-func (s *Store) snapshotDir(snapshotter string) string {
-	return filepath.Join(s.o.Root, "snapshots", snapshotter)
 }
 
 func (s *Store) contentDir() string { return filepath.Join(s.o.Root, "content") }

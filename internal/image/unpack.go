@@ -4,26 +4,37 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"syscall"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/diff"
-	"github.com/containerd/containerd/v2/core/diff/apply"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/unpack"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
+	"github.com/moby/sys/userns"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/semaphore"
 )
 
-// unpack turns the layers of an image into committed snapshots. fetch brings a
-// layer into the content store; a layer is unpacked as soon as it is there and
-// the ones below it are unpacked, while others are still being fetched. With
-// all, layers are fetched even when their snapshots exist already.
-func (s *Store) unpack(ctx context.Context, c chosen, snapshotter string, fetch func(context.Context, imagespec.Descriptor) error, track *tracker, all bool) (err error) {
-	name, sn, err := s.snapshotter(snapshotter)
+// unpacking is what unpack has to know.
+type unpacking struct {
+	chosen
+	keys        layerKeys
+	snapshotter string
+	fetch       func(context.Context, imagespec.Descriptor) error // brings a layer into the content store
+	track       *tracker
+	all         bool // fetch layers even when their snapshots exist already
+	ref         string
+}
+
+// unpack turns the layers of an image into committed snapshots. A layer is
+// unpacked as soon as it has been fetched, while others still are.
+func (s *Store) unpack(ctx context.Context, u unpacking) (err error) {
+	name, sn, err := s.snapshotter(u.snapshotter)
 	if err != nil {
 		return err
 	}
@@ -41,47 +52,68 @@ func (s *Store) unpack(ctx context.Context, c chosen, snapshotter string, fetch 
 		<-guardDone
 	}()
 
+	platform, parallel := s.unpackPlatform(name, sn, u)
 	options := []unpack.UnpackerOpt{
-		unpack.WithUnpackPlatform(unpack.Platform{
-			Platform:       platforms.All, // follow has checked it
-			SnapshotterKey: name,
-			Snapshotter:    sn,
-			Applier:        apply.NewFileSystemApplier(s.content),
-			ApplyOpts:      []diff.ApplyOpt{diff.WithProgress(track.extracted), diff.WithSyncFs(s.o.SyncFS)},
-		}),
+		unpack.WithUnpackPlatform(platform),
 		unpack.WithLimiter(s.limiter()),
 		unpack.WithDuplicationSuppressor(&s.blobs),
 	}
-	if all {
+	if parallel {
+		options = append(options, unpack.WithUnpackLimiter(semaphore.NewWeighted(unpackers())))
+	}
+	if u.all && !s.o.ProxySnapshotters[name].Remote {
 		options = append(options, unpack.WithFetchAllContent())
 	}
-	u, err := unpack.NewUnpacker(ctx, s.content, options...)
+	unpacker, err := unpack.NewUnpacker(ctx, s.content, options...)
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
-	h := u.Unpack(images.HandlerFunc(func(ctx context.Context, d imagespec.Descriptor) ([]imagespec.Descriptor, error) {
+	c := u.chosen
+	h := unpacker.Unpack(images.HandlerFunc(func(ctx context.Context, d imagespec.Descriptor) ([]imagespec.Descriptor, error) {
 		switch d.Digest {
 		case c.manifestDesc().Digest:
-			return append([]imagespec.Descriptor{c.configDesc()}, c.layers()...), nil
+			return append([]imagespec.Descriptor{c.configDesc()}, s.layersFor(name, u.ref, c)...), nil
 		case c.configDesc().Digest:
 			return nil, nil
 		}
-		return nil, fetches.pass(func() error { return fetch(ctx, d) })
+		return nil, fetches.pass(func() error { return u.fetch(ctx, d) })
 	}))
 	_, err = h.Handle(ctx, c.manifestDesc())
 	if err == nil {
 		_, err = h.Handle(ctx, c.configDesc())
 	}
-	_, waitErr := u.Wait()
+	_, waitErr := unpacker.Wait()
 	if err = errors.Join(err, waitErr); err != nil {
 		if cause := context.Cause(ctx); errors.Is(cause, errNoSpace) {
 			err = cause
 		}
 		return fmt.Errorf("unpack into %s: %w", name, err)
 	}
-	track.finish()
+	u.track.finish()
 	return nil
 }
+
+// unpackPlatform says where and how layers are unpacked. Overlayfs lets them
+// be unpacked at the same time and put on one another when they are committed.
+func (s *Store) unpackPlatform(name string, sn snapshots.Snapshotter, u unpacking) (p unpack.Platform, parallel bool) {
+	parallel = name == snapshotterOverlay && !userns.RunningInUserNS() // whiteouts are device nodes
+	dirs := new(unnamedDirs)
+	p = unpack.Platform{
+		Platform:       platforms.All, // follow has checked it
+		SnapshotterKey: name,
+		Snapshotter:    layering{sn, dirs, u.decrypted()},
+		Applier: &applier{content: s.content, track: u.track, syncFS: s.o.SyncFS, dirs: dirs, keys: u.keys,
+			// Enough layers at a time keep all cores busy by themselves.
+			ahead: !parallel || int64(len(u.manifest.Layers)) < unpackers()},
+	}
+	if parallel {
+		p.SnapshotterCapabilities = []string{snapshots.RebaseCap}
+	}
+	return p, parallel
+}
+
+// unpackers is how many layers of an image are unpacked at a time.
+func unpackers() int64 { return int64(min(max(runtime.GOMAXPROCS(0), 2), 8)) }
 
 // gate is where fetches pass. Those of a failed unpack may outlive it inside
 // containerd's unpacker: close waits for them and lets no more begin.
@@ -156,5 +188,9 @@ func (s *Store) unpackStored(ctx context.Context, img Image, snapshotter string)
 		}
 		return nil
 	}
-	return s.unpack(ctx, c, snapshotter, present, newTracker(img.ID), false)
+	keys, err := s.authorise(ctx, c)
+	if err != nil {
+		return fmt.Errorf("image %s: %w", img.ID, err)
+	}
+	return s.unpack(ctx, unpacking{c, keys, snapshotter, present, newTracker(img.ID), false, ""})
 }

@@ -40,6 +40,9 @@ func (c *usageCache) forget(key string) {
 // inUse says whether a snapshotter has ever held a snapshot here. The native
 // one is opened on every node, and used on few.
 func (s *Store) inUse(snapshotter string) bool {
+	if _, ok := s.o.ProxySnapshotters[snapshotter]; ok {
+		return true
+	}
 	_, err := os.Stat(filepath.Join(s.snapshotDir(snapshotter), "metadata.db"))
 	return err == nil
 }
@@ -62,7 +65,9 @@ func (s *Store) Usage(ctx context.Context) (Usage, error) {
 	}
 	for _, name := range names {
 		f, err := s.snapshotUsage(ctx, name)
-		if err != nil {
+		if _, ok := s.o.ProxySnapshotters[name]; ok && err != nil {
+			s.log.Warn("proxy snapshotter does not tell what it uses", "snapshotter", name, "error", clean(err.Error()))
+		} else if err != nil {
 			return Usage{}, err
 		}
 		u.Snapshots = append(u.Snapshots, f)
@@ -107,7 +112,7 @@ func (s *Store) snapshotUsage(ctx context.Context, name string) (FilesystemUsage
 // RootfsUsage says what a container has written to its root file system. It
 // walks the written files at most once in ten seconds.
 func (s *Store) RootfsUsage(ctx context.Context, key string) (bytes, inodes uint64, err error) {
-	_, sn, err := s.existing(key)
+	_, sn, err := s.existing(ctx, key)
 	if err != nil {
 		return 0, 0, err
 	}

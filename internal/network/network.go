@@ -36,6 +36,7 @@ type Attacher interface {
 // Request names one sandbox and what it wants.
 type Request struct {
 	ID          string // sandbox id; the CNI container id
+	Handler     string // runtime handler, which may have networks of its own
 	Namespace   string // Kubernetes names, passed to plugins as K8S_POD_*
 	Name        string
 	UID         string

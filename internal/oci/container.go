@@ -66,7 +66,7 @@ func container(in Input, k kernel) (*Result, error) {
 		b.setProcess, b.setUser, b.setCapabilities, b.setStopSignal,
 		b.setNamespaces, b.setCgroup, b.setResources, b.setOOMScore,
 		b.setLabels, b.setMounts, b.setPaths, b.setDevices,
-		b.setSeccomp, b.setAppArmor, b.setAnnotations, b.injectCDI,
+		b.setSeccomp, b.setAppArmor, b.setAnnotations, b.setClasses, b.injectCDI,
 	}
 	for _, step := range steps {
 		if err := step(); err != nil {
@@ -197,6 +197,10 @@ func idMappings(list []*runtimeapi.IDMapping) []specs.LinuxIDMapping {
 }
 
 func (b *builder) setCgroup() error {
+	if b.in.Node.CgroupDisabled {
+		b.spec.Linux.CgroupsPath = ""
+		return nil
+	}
 	parent := cmp.Or(b.in.CgroupParent, b.in.Sandbox.GetLinux().GetCgroupParent())
 	systemd := b.in.Handler.SystemdCgroup
 	if systemd && parent != "" && !strings.HasSuffix(path.Base(parent), ".slice") {
@@ -243,7 +247,8 @@ func (b *builder) setPaths() error {
 		return nil
 	}
 	l.MaskedPaths, l.ReadonlyPaths = b.sc.GetMaskedPaths(), b.sc.GetReadonlyPaths()
-	if len(l.MaskedPaths) == 0 && len(l.ReadonlyPaths) == 0 && !b.userNamespace() {
+	unsaid := len(l.MaskedPaths) == 0 && len(l.ReadonlyPaths) == 0 && !b.userNamespace()
+	if unsaid || b.in.Node.DefaultProcMount {
 		l.MaskedPaths, l.ReadonlyPaths = slices.Clone(b.k.masked), defaultReadonlyPaths()
 	}
 	return nil

@@ -87,35 +87,54 @@ func (b *builder) own(d *specs.LinuxDevice) {
 	}
 }
 
-// injectCDI edits the finished spec as the vendors' CDI files say. Only the
-// typed field of the request names devices: annotations can come from a
-// checkpoint or an image (CVE-2026-53492).
+// injectCDI edits the finished spec as the vendors' CDI files say.
 func (b *builder) injectCDI() error {
-	var names []string
-	for _, d := range b.in.Config.GetCDIDevices() {
-		if !slices.Contains(names, d.GetName()) {
-			names = append(names, d.GetName())
-		}
+	names, err := b.cdiNames()
+	if err != nil || len(names) == 0 {
+		return err
 	}
-	if len(names) == 0 {
-		return nil
-	}
-	if len(b.in.Node.CDISpecDirs) == 0 {
+	return injectCDI(b.spec, names, b.in.Node.CDISpecDirs)
+}
+
+func injectCDI(spec *specs.Spec, names, folders []string) error {
+	if len(folders) == 0 {
 		return impossible("CDI_devices", strings.Join(names, " "), "this node has no CDI folders; set cdi_spec_dirs")
 	}
-	cache, err := cdi.NewCache(cdi.WithSpecDirs(b.in.Node.CDISpecDirs...), cdi.WithAutoRefresh(false))
+	cache, err := cdi.NewCache(cdi.WithSpecDirs(folders...), cdi.WithAutoRefresh(false))
 	if err != nil {
 		return fmt.Errorf("read the CDI folders: %w", err)
 	}
-	unresolved, err := cache.InjectDevices(b.spec, names...)
+	unresolved, err := cache.InjectDevices(spec, names...)
 	if len(unresolved) > 0 {
 		return fmt.Errorf("CDI_devices %s: no file in %s describes them; install the vendor's driver or generate its CDI file: %w",
-			show(strings.Join(unresolved, " ")), strings.Join(b.in.Node.CDISpecDirs, " "), errdefs.ErrNotFound)
+			show(strings.Join(unresolved, " ")), strings.Join(folders, " "), errdefs.ErrNotFound)
 	}
 	if err != nil {
 		return fmt.Errorf("apply CDI devices: %w", err)
 	}
 	return nil
+}
+
+// cdiNames are the devices of the typed field and, where the administrator
+// trusts them, of the container's annotations. Annotations can come from a
+// checkpoint (CVE-2026-53492), those of a pod from any user, and those of an
+// image from anybody.
+func (b *builder) cdiNames() ([]string, error) {
+	var names []string
+	for _, d := range b.in.Config.GetCDIDevices() {
+		names = append(names, d.GetName())
+	}
+	_, annotated, err := cdi.ParseAnnotations(b.in.Config.GetAnnotations())
+	switch {
+	case b.in.Node.TrustCDIAnnotations && err != nil:
+		return nil, invalid("annotations of the container", cdi.AnnotationPrefix, err.Error())
+	case b.in.Node.TrustCDIAnnotations:
+		names = append(names, annotated...)
+	case len(annotated) > 0:
+		b.warn("CDI devices %s of annotations are ignored: set cdi_annotations in [cloister] to trust them", show(strings.Join(annotated, " ")))
+	}
+	slices.Sort(names)
+	return slices.Compact(names), nil
 }
 
 func checkDevices(cfg *runtimeapi.ContainerConfig) error {

@@ -181,10 +181,14 @@ func (b *builder) configMount(m *runtimeapi.Mount, table *mountTable) (specs.Mou
 		return out, err
 	}
 	access := "rw"
-	switch {
+	switch wanted := b.in.Handler.ReadOnlyMounts; {
 	case m.GetRecursiveReadOnly() && !b.in.Handler.RecursiveReadOnly:
 		return out, impossible("recursive_read_only of mount", m.GetContainerPath(), "the runtime handler cannot make recursive read-only mounts; use a newer runtime or a plain read-only mount")
 	case m.GetRecursiveReadOnly():
+		access = "rro"
+	case m.GetReadonly() && wanted == ROEnabled && !b.in.Handler.RecursiveReadOnly:
+		return out, impossible("readonly of mount", m.GetContainerPath(), "treat_ro_mounts_as_rro is Enabled and the runtime handler cannot make recursive read-only mounts; use a newer runtime or IfPossible")
+	case m.GetReadonly() && (wanted == ROEnabled || wanted == ROIfPossible && b.in.Handler.RecursiveReadOnly):
 		access = "rro"
 	case m.GetReadonly():
 		access = "ro"

@@ -93,6 +93,14 @@ type Node struct {
 	// DeviceOwnership gives devices to the container's user and group instead
 	// of the owners they have on the node.
 	DeviceOwnership bool
+	// TrustCDIAnnotations takes CDI devices from annotations of containers,
+	// which older kubelets use, besides the typed field.
+	TrustCDIAnnotations bool
+	// CgroupDisabled makes no cgroup and sets no limit.
+	CgroupDisabled bool
+	// DefaultProcMount masks /proc whatever a container asks for.
+	DefaultProcMount bool
+	Classes          Classes
 }
 
 // Handler is what the pod's runtime handler can do.
@@ -107,4 +115,15 @@ type Handler struct {
 	CgroupWritable                       bool     // cgroup v2 only
 	PodAnnotations, ContainerAnnotations []string // globs of annotations passed into the spec
 	BaseSpec                             string   // path of a JSON spec to start from, or empty
+	// ReadOnlyMounts says when plain read-only mounts of volumes become
+	// recursively so: ROEnabled, ROIfPossible, or else never.
+	ReadOnlyMounts string
+	// Rlimits take the place of those of the base spec and of the daemon.
+	Rlimits []specs.POSIXRlimit
 }
+
+// Values of Handler.ReadOnlyMounts.
+const (
+	ROEnabled    = "Enabled"
+	ROIfPossible = "IfPossible"
+)

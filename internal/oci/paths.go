@@ -105,11 +105,20 @@ func ImageVolumes(img imagespec.ImageConfig) ([]string, error) {
 			return nil, err
 		}
 		path := inContainer(volume)
-		if path == "/" || path == "/sys" || path == "/dev" || beneath(path, "/proc") {
-			return nil, invalid("VOLUME of the image", volume, "an image may not replace /, /proc, /sys or /dev; remove the VOLUME or use another image")
+		if err := CheckVolume(volume, path); err != nil {
+			return nil, err
 		}
 		paths = append(paths, path)
 	}
 	slices.Sort(paths)
 	return slices.Compact(paths), nil
+}
+
+// CheckVolume refuses a VOLUME of an image for the place at that it lies, be
+// it named so or reached through links of the image.
+func CheckVolume(volume, place string) error {
+	if place == "/" || place == "/sys" || place == "/dev" || beneath(place, "/proc") {
+		return invalid("VOLUME of the image", volume, "an image may not replace /, /proc, /sys or /dev; remove the VOLUME or use another image")
+	}
+	return nil
 }

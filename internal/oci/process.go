@@ -44,7 +44,17 @@ func (b *builder) setProcess() error {
 		return err
 	}
 	p.NoNewPrivileges = b.sc.GetNoNewPrivs()
+	b.setRlimits()
 	return nil
+}
+
+// setRlimits lays the handler's limits over those of a base spec.
+func (b *builder) setRlimits() {
+	p := b.spec.Process
+	for _, l := range b.in.Handler.Rlimits {
+		p.Rlimits = slices.DeleteFunc(p.Rlimits, func(o specs.POSIXRlimit) bool { return o.Type == l.Type })
+		p.Rlimits = append(p.Rlimits, l)
+	}
 }
 
 // arguments follows Kubernetes: command replaces ENTRYPOINT and drops CMD,

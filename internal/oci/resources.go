@@ -28,7 +28,27 @@ var (
 
 // setResources writes the container's limits.
 func (b *builder) setResources() error {
-	return applyResources(b.spec.Linux.Resources, b.in.Config.GetLinux().GetResources(), b.in.Node, b.k, b.warn)
+	if b.in.Node.CgroupDisabled {
+		return nil
+	}
+	err := applyResources(b.spec.Linux.Resources, b.in.Config.GetLinux().GetResources(), b.in.Node, b.k, b.warn)
+	DropUnlimited(b.spec.Linux.Resources)
+	return err
+}
+
+// DropUnlimited leaves out of the resources of a container that is not made
+// yet what it has without being told: no limit of its CPU time. crun 1.8 takes
+// the -1 that stands for that to be a large number, which cgroup v1 refuses.
+func DropUnlimited(r *specs.LinuxResources) {
+	if r.CPU == nil || r.CPU.Quota == nil || *r.CPU.Quota != -1 {
+		return
+	}
+	cpu := *r.CPU
+	cpu.Quota = nil
+	r.CPU = &cpu
+	if cpu == (specs.LinuxCPU{}) {
+		r.CPU = nil
+	}
 }
 
 // UpdateResources returns the resources of spec with r's values in the place

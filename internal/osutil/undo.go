@@ -25,8 +25,25 @@ type undoStep struct {
 	do   func(context.Context) error
 }
 
-// undoTime bounds the whole list: the caller's context may be dead by then.
-const undoTime = 30 * time.Second
+const (
+	// undoTime bounds the whole list: the caller's context may be dead by then.
+	undoTime = 30 * time.Second
+	// hurryTime is what is left of it once the caller has been told to end.
+	hurryTime = 2 * time.Second
+)
+
+// UndoContext is what a clean-up runs on when ctx may be why it is needed: it
+// outlives ctx's deadline for long, but its cancellation only for a moment,
+// for who cancels wants to end and has the clean-up finished later.
+func UndoContext(ctx context.Context) (context.Context, context.CancelFunc) {
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+	stop := context.AfterFunc(ctx, func() {
+		if errors.Is(ctx.Err(), context.Canceled) {
+			time.AfterFunc(hurryTime, cancel)
+		}
+	})
+	return undo, func() { stop(); cancel() }
+}
 
 // Add appends a step; what names it in errors ("unmount shm").
 func (u *Undo) Add(what string, do func(context.Context) error) {
@@ -43,10 +60,10 @@ func (u *Undo) Run(ctx context.Context, err *error) {
 	}
 }
 
-// All executes the steps, newest first, and joins their errors. All steps run,
-// whatever fails, even when ctx is cancelled.
+// All executes the steps on an UndoContext, newest first, and joins their
+// errors. All steps run, whatever fails.
 func (u *Undo) All(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+	ctx, cancel := UndoContext(ctx)
 	defer cancel()
 	var errs []error
 	for i := len(u.steps) - 1; i >= 0; i-- {

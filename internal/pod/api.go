@@ -24,6 +24,7 @@ type Sandbox struct {
 	Network   json.RawMessage // CNI result
 	Overhead  *runtimeapi.LinuxContainerResources
 	Resources *runtimeapi.LinuxContainerResources
+	Resized   bool // Overhead or Resources are not those of Config any more
 }
 
 // Container is a snapshot of one container. It does not change; its pointers

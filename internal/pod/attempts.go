@@ -51,7 +51,7 @@ func (a *attempts) release(name, id string) {
 // create joins the attempt that is making, or has made, name from an equal
 // request, or starts one with work. The answer is the id of the thing made.
 func (s *Service) create(ctx context.Context, what, name, hash string, work func(ctx context.Context, id string, stage func(string)) error) (string, error) {
-	at, err := s.join(what, name, hash, work)
+	at, err := s.join(ctx, what, name, hash, work)
 	if err != nil {
 		return "", err
 	}
@@ -69,7 +69,10 @@ func (a *attempts) stageOf(at *attempt) string {
 	return at.stage
 }
 
-func (s *Service) join(what, name, hash string, work func(context.Context, string, func(string)) error) (*attempt, error) {
+// sandboxObject is what create calls a sandbox.
+const sandboxObject = "pod sandbox"
+
+func (s *Service) join(caller context.Context, what, name, hash string, work func(context.Context, string, func(string)) error) (*attempt, error) {
 	a := &s.attempts
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -88,16 +91,15 @@ func (s *Service) join(what, name, hash string, work func(context.Context, strin
 	s.work.Go(func() {
 		ctx, cancel := context.WithTimeout(s.ctx, createTime)
 		defer cancel()
-		began := time.Now()
-		at.err = work(ctx, at.id, func(stage string) {
-			now := time.Now()
+		st := s.o.Observer.follow(ctx, caller, what, at.stage)
+		at.err = work(st.ctx, at.id, func(stage string) {
 			a.mu.Lock()
 			ended := at.stage
 			at.stage = stage
 			a.mu.Unlock()
-			s.log.Debug("stage of a creation ended", "id", at.id, "stage", ended, "took", now.Sub(began))
-			began = now
+			s.log.Debug("stage of a creation ended", "id", at.id, "stage", ended, "took", st.next(ended, stage))
 		})
+		st.end(at.err)
 		if at.err != nil {
 			a.release(name, at.id)
 		}

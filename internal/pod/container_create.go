@@ -82,14 +82,24 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 	if err := s.changeContainer(c, func(r *containerRecord) { r.LogPath = logPath }); err != nil {
 		return err
 	}
-	undo.Add("take the half-made container down", func(ctx context.Context) error { return s.discardContainer(ctx, c) })
+	undo.Add("take the half-made container down", func(ctx context.Context) error {
+		err := s.discardContainer(ctx, c)
+		if err != nil { // its lock is ours until we return
+			s.work.Go(func() {
+				s.inBackground(c.op, c.record().ID, func(ctx context.Context) error { return s.discardContainer(ctx, c) })
+			})
+		}
+		return err
+	})
 
 	in, err := s.makeFiles(ctx, sb, img, c, stage)
 	if err != nil {
 		return err
 	}
 	stage("writing the specification")
-	res, err := s.writeSpec(c, in)
+	release := s.o.NRI.Hold()
+	defer release()
+	res, err := s.writeSpec(ctx, sb, c, in)
 	if err != nil {
 		return err
 	}
@@ -107,13 +117,22 @@ func (s *Service) makeContainer(ctx context.Context, sb *sandbox, img image.Imag
 	}
 	undo.Release()
 	stage("made")
+	if s.o.NRI.Active() {
+		s.tell("PostCreateContainer", c.record().ID, s.o.NRI.PostCreate(ctx, s.describePod(sb), s.describeContainer(c, res.Spec)))
+	}
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_CREATED_EVENT, c.record().ID, sb.record().ID)
 	return nil
 }
 
 // discardContainer takes down a container that its client never got. When it
-// fails, the record stays for a removal, or the next start, to try again.
+// fails, the record stays for a repeat.
 func (s *Service) discardContainer(ctx context.Context, c *container) error {
+	if c.removed() {
+		return nil
+	}
+	if c.announced {
+		s.tellRemoval(ctx, c)
+	}
 	if c.phase() == ready { // others may have found it already
 		if err := s.changeContainer(c, func(r *containerRecord) { r.Phase = removing }); err != nil {
 			return err
@@ -148,9 +167,12 @@ func (s *Service) makeFiles(ctx context.Context, sb *sandbox, img image.Image, c
 	return in, err
 }
 
-func (s *Service) writeSpec(c *container, in oci.Input) (*oci.Result, error) {
+func (s *Service) writeSpec(ctx context.Context, sb *sandbox, c *container, in oci.Input) (*oci.Result, error) {
 	res, err := oci.Container(in)
 	if err != nil {
+		return nil, err
+	}
+	if err := s.adjust(ctx, sb, c, res.Spec); err != nil {
 		return nil, err
 	}
 	for _, w := range res.Warnings {
@@ -174,10 +196,12 @@ func (s *Service) writeSpec(c *container, in oci.Input) (*oci.Result, error) {
 // finds it.
 func (s *Service) makeRootfs(ctx context.Context, sb *sandbox, c *container, img image.Image) (string, error) {
 	rootfs := filepath.Join(c.record().Bundle, "rootfs")
-	for _, d := range []string{c.record().Bundle, rootfs} {
-		if err := os.Mkdir(d, 0o711); err != nil {
-			return "", fmt.Errorf("make the container's bundle: %w", err)
-		}
+	err := makeClosed(c.record().Bundle, rootOf(sb.record().GIDs))
+	if err == nil {
+		err = os.Mkdir(rootfs, 0o711)
+	}
+	if err != nil {
+		return "", fmt.Errorf("make the container's bundle: %w", err)
 	}
 	o := image.RootfsOptions{Snapshotter: sb.handler.Runtime.Snapshotter, Volatile: true,
 		UIDs: imageMappings(sb.record().UIDs), GIDs: imageMappings(sb.record().GIDs)}
@@ -210,7 +234,8 @@ func (s *Service) specInput(sb *sandbox, c *container, img image.Image, rootfs s
 		Handler: oci.Handler{Name: sb.handler.Name, OCIVersion: f.OCIVersion, SystemdCgroup: rt.SystemdCgroup,
 			RecursiveReadOnly: f.RecursiveReadOnly, IDMappedMounts: f.IDMappedMounts,
 			PrivilegedWithoutHostDevices: rt.NoHostDevices, PrivilegedAllDevices: rt.AllDevices, CgroupWritable: rt.CgroupWritable, PodAnnotations: rt.PodAnnotations,
-			ContainerAnnotations: rt.CtrAnnotations, BaseSpec: rt.BaseSpec},
+			ContainerAnnotations: rt.CtrAnnotations, BaseSpec: rt.BaseSpec,
+			ReadOnlyMounts: rt.ReadOnlyMounts, Rlimits: rt.Rlimits},
 	}
 	if in.Namespaces.IPC == "" {
 		in.Files.Shm = "/dev/shm"

@@ -59,12 +59,22 @@ func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container)
 		}
 	}
 	cfg := c.record().Config
+	if s.o.NRI.Active() {
+		if err := s.o.NRI.StartContainer(ctx, s.describePod(sb), s.describeContainer(c, nil)); err != nil {
+			return errors.Join(err, s.noteFailedStart(c, err))
+		}
+	}
 	started := time.Now() // before the process, so that its end is never before its start
-	pid, err := c.task(s).Start(ctx, shim.TaskRequest{
+	request := shim.TaskRequest{
 		Bundle: c.record().Bundle, Terminal: cfg.Tty, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,
 		LogPath: c.record().LogPath, LogMaxLine: s.o.LogMaxLine,
 		IOUid: rootOf(sb.record().UIDs), IOGid: rootOf(sb.record().GIDs),
 		TargetTask: cfg.GetLinux().GetSecurityContext().GetNamespaceOptions().GetTargetId(),
+	}
+	var pid uint32
+	err := timed(s.o.Observer.Shim, "start container", func() (err error) {
+		pid, err = c.task(s).Start(ctx, request)
+		return err
 	})
 	if err != nil {
 		return errors.Join(fmt.Errorf("start container %q: %w", cfg.Metadata.Name, err), s.noteFailedStart(c, err))
@@ -76,6 +86,9 @@ func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container)
 		return errors.Join(err, c.task(s).Discard(clean))
 	}
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_STARTED_EVENT, c.record().ID, c.record().SandboxID)
+	if s.o.NRI.Active() {
+		s.tell("PostStartContainer", c.record().ID, s.o.NRI.PostStart(ctx, s.describePod(sb), s.describeContainer(c, nil)))
+	}
 	s.watch(c)
 	return nil
 }
@@ -92,6 +105,7 @@ func (s *Service) noteFailedStart(c *container, cause error) error {
 	if err != nil {
 		return err
 	}
+	s.tellEnd(c)
 	c.ended.pass()
 	c.deleted.pass()
 	s.emit(runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT, c.record().ID, c.record().SandboxID)
@@ -147,6 +161,7 @@ func (s *Service) noteExit(c *container, e shim.Exit) error {
 	if err != nil {
 		return err
 	}
+	s.tellEnd(c)
 	c.ended.pass()
 	v := c.get()
 	s.log.Info("container ended", "container", v.ID, "status", v.ExitCode, "reason", v.Reason)
@@ -262,6 +277,7 @@ func (s *Service) RemoveContainer(ctx context.Context, id string) error {
 	case <-ctx.Done():
 		return fmt.Errorf("wait for the shim to let go of container %.13s: %w", c.record().ID, ctx.Err())
 	}
+	s.tellRemoval(ctx, c)
 	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase = removing }); err != nil {
 		return err
 	}

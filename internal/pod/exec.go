@@ -2,7 +2,6 @@ package pod
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -15,7 +14,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	specs "github.com/opencontainers/runtime-spec/specs-go"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"cloister.dev/internal/oci"
@@ -26,8 +24,8 @@ const (
 	// execSyncMax is how much output of an ExecSync is kept, in bytes of both
 	// streams: with the message around it, kubelet's client takes 16 MiB.
 	execSyncMax = 16<<20 - 4096
-	// drainTime bounds the wait for output after an exec'd process ended: a
-	// child of it may hold the stream open for ever.
+	// drainTime bounds the wait for output after a process ended whose client
+	// streams: a child of it may hold the stream open for ever.
 	drainTime = 10 * time.Second
 	// shimTime bounds calls that clean up after an exec.
 	shimTime = 30 * time.Second
@@ -53,15 +51,11 @@ type started struct {
 
 // startExec starts cmd in the container. The caller ends it with finish.
 func (s *Service) startExec(ctx context.Context, c *container, cmd []string, in, out, errs, tty bool) (_ *started, err error) {
-	var spec specs.Spec
-	data, err := os.ReadFile(filepath.Join(c.record().Bundle, "config.json"))
-	if err == nil {
-		err = json.Unmarshal(data, &spec)
-	}
+	spec, err := readSpec(c.record().Bundle)
 	if err != nil {
-		return nil, fmt.Errorf("read the container's specification: %w", err)
+		return nil, err
 	}
-	p, err := oci.Exec(&spec, filepath.Join(c.record().Bundle, "rootfs"), cmd, tty)
+	p, err := oci.Exec(spec, filepath.Join(c.record().Bundle, "rootfs"), cmd, tty)
 	if err != nil {
 		return nil, err
 	}
@@ -88,15 +82,18 @@ func (st *started) finish(ctx context.Context) {
 	if st.exec.Delete(ctx) == nil {
 		return
 	}
-	// It runs still: the client went away or its time is over.
+	// It runs still, or is being started: the client went away or its time is
+	// over.
 	err := st.exec.Kill(ctx, syscall.SIGKILL)
 	if err == nil {
 		_, err = st.exec.Wait(ctx)
 	}
-	if err == nil {
-		err = st.exec.Delete(ctx)
+	if e := st.exec.Delete(ctx); e == nil { // which also tells of one that could not be killed
+		return
+	} else if err == nil {
+		err = e
 	}
-	if err != nil && !errdefs.IsNotFound(err) {
+	if !errdefs.IsNotFound(err) {
 		st.log.Warn("a process of an exec was left", "container", st.exec.ID, "exec", st.exec.ExecID, "err", err)
 	}
 }
@@ -121,7 +118,7 @@ func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout
 	var room atomic.Int64
 	room.Store(execSyncMax)
 	stdout, stderr := &limited{room: &room}, &limited{room: &room}
-	exit, err := s.runToEnd(ctx, st, stdout, stderr)
+	exit, err := s.runToEnd(ctx, st, stdout, stderr, s.o.DrainExecSync)
 	if err != nil {
 		if errors.Is(err, context.DeadlineExceeded) && timeout > 0 {
 			err = fmt.Errorf("command %.100q timed out after %v: %w", cmd, timeout, err)
@@ -132,8 +129,8 @@ func (s *Service) ExecSync(ctx context.Context, id string, cmd []string, timeout
 }
 
 // runToEnd passes the outputs on until the process has ended and they are
-// delivered.
-func (s *Service) runToEnd(ctx context.Context, st *started, stdout, stderr io.Writer) (shim.Exit, error) {
+// delivered, for which they have the time drain; 0: as long as ctx.
+func (s *Service) runToEnd(ctx context.Context, st *started, stdout, stderr io.Writer, drain time.Duration) (shim.Exit, error) {
 	copyCtx, stopCopy := context.WithCancel(ctx)
 	defer stopCopy()
 	var copied sync.WaitGroup
@@ -145,9 +142,9 @@ func (s *Service) runToEnd(ctx context.Context, st *started, stdout, stderr io.W
 		copied.Wait()
 		return exit, err
 	}
-	drain := s.o.DrainExecSync
 	if drain <= 0 {
-		drain = drainTime
+		copied.Wait()
+		return exit, copyErr
 	}
 	timer := time.AfterFunc(drain, stopCopy)
 	copied.Wait()
@@ -173,7 +170,7 @@ func (s *Service) Exec(ctx context.Context, id string, cmd []string, st Streams,
 	defer cancel()
 	go followSize(ctx, p.exec, resize)
 	go feed(ctx, p.fifos.in, st.In, p.exec)
-	exit, err := s.runToEnd(ctx, p, st.Out, st.Err)
+	exit, err := s.runToEnd(ctx, p, st.Out, st.Err, drainTime)
 	return int32(exit.Status), err
 }
 

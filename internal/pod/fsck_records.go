@@ -37,7 +37,10 @@ const (
 // repair brings their records to what is left. Those with an operation under
 // way are left to it.
 func (s *Service) checkRecords(ctx context.Context, repair bool) ([]Finding, error) {
-	var found []Finding
+	found, err := s.checkDamaged(repair)
+	if err != nil {
+		return found, err
+	}
 	for _, c := range s.index.allContainers() {
 		if f := s.checkContainer(ctx, c, repair); f != nil {
 			found = append(found, *f)
@@ -50,6 +53,25 @@ func (s *Service) checkRecords(ctx context.Context, repair bool) ([]Finding, err
 	}
 	if err := ctx.Err(); err != nil {
 		return found, fmt.Errorf("check: %w", err)
+	}
+	return found, nil
+}
+
+// checkDamaged lists the records that were set aside, and with repair forgets
+// them; what they were about is found as things without an owner.
+func (s *Service) checkDamaged(repair bool) ([]Finding, error) {
+	all, err := s.store.damaged()
+	if err != nil {
+		return nil, err
+	}
+	var found []Finding
+	for _, d := range all {
+		f := Finding{Kind: "record", ID: d.id, Path: s.store.db.Path(),
+			Detail: "the record of this " + d.what() + " cannot be read and was set aside; what is left of it on the node is listed beside it"}
+		if repair {
+			f.repaired(s.store.delete(damagedBucket, string(d.key())))
+		}
+		found = append(found, f)
 	}
 	return found, nil
 }

@@ -28,7 +28,7 @@ func (m *machine) litter(t *testing.T) (id string, kinds []string) {
 	}
 	// A pod's folder with a pinned namespace.
 	dir := m.podDir(id)
-	do(mountFolder(dir))
+	do(mountFolder(dir, 0))
 	do(namespaces{dir: filepath.Join(dir, "ns"), net: true}.pin())
 	// A container's bundle with a mounted root file system.
 	rootfs := filepath.Join(m.containerDir(id), "rootfs")
@@ -144,7 +144,7 @@ func TestFsckLeavesWhatIsBeingMade(t *testing.T) {
 	done := make(chan error, 1)
 	go func() {
 		_, err := m.create(context.Background(), "pod", "n", "h", func(_ context.Context, id string, _ func(string)) error {
-			if err := mountFolder(m.podDir(id)); err != nil {
+			if err := mountFolder(m.podDir(id), 0); err != nil {
 				return err
 			}
 			m.net.mu.Lock()

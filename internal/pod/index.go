@@ -68,6 +68,8 @@ type container struct {
 	gone bool            // its record was deleted; guarded by mu
 	snap atomic.Pointer[containerRecord]
 
+	announced bool // plugins may know of it; guarded by op
+
 	ended   *milestone // it has exited
 	deleted *milestone // after its exit, the shim has forgotten it
 }
@@ -78,6 +80,13 @@ func (c *container) record() *containerRecord { return c.snap.Load() }
 
 func (sb *sandbox) get() Sandbox    { return sb.record().Sandbox }
 func (c *container) get() Container { return c.record().Container }
+
+// removed tells whether its record was deleted.
+func (c *container) removed() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.gone
+}
 
 func (c *container) task(s *Service) shim.Task {
 	v := c.get()

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strconv"
 
 	"github.com/opencontainers/selinux/go-selinux/label"
 	"golang.org/x/sys/unix"
@@ -21,15 +20,39 @@ const (
 	shmSize    = 64 << 20
 )
 
-func mountFolder(dir string) error {
+// Its path stands in the node's list of mounts for everybody to read, so it is
+// closed to all but root, and where the sandbox has a user namespace to the
+// group that is root's inside: gid.
+func mountFolder(dir string, gid uint32) error {
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return fmt.Errorf("make the sandbox's folder: %w", err)
 	}
-	opts := "mode=0711,size=" + strconv.Itoa(folderSize)
+	opts := fmt.Sprintf("mode=%o,gid=%d,size=%d", closedMode(gid), gid, folderSize)
 	if err := unix.Mount("tmpfs", dir, "tmpfs", 0, opts); err != nil {
 		return fmt.Errorf("mount the sandbox's folder: %w", err)
 	}
 	return nil
+}
+
+// closedMode is the mode of a folder that only root, and a group other than
+// root's own, may pass.
+func closedMode(gid uint32) os.FileMode {
+	if gid == 0 {
+		return 0o700
+	}
+	return 0o710
+}
+
+// makeClosed makes a folder that is closed as a sandbox's is. What a container
+// holds, such as programs that change the user, is not for the node's users.
+func makeClosed(dir string, gid uint32) error {
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return err
+	}
+	if gid == 0 {
+		return nil
+	}
+	return errors.Join(os.Chown(dir, 0, int(gid)), os.Chmod(dir, closedMode(gid)))
 }
 
 // mountShm gives the sandbox a /dev/shm of its own, owned by the user that is

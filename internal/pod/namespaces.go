@@ -3,10 +3,12 @@ package pod
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -18,6 +20,7 @@ import (
 // are pinned. A namespace lives as long as its pin: no process holds it.
 type namespaces struct {
 	dir      string // holds one file a namespace
+	netPath  string // that of the network namespace, should it lie elsewhere
 	net, ipc bool
 	uts      bool
 	user     bool
@@ -27,7 +30,39 @@ type namespaces struct {
 	sysctls  map[string]string
 }
 
-func (n namespaces) path(kind string) string { return filepath.Join(n.dir, kind) }
+func (n namespaces) path(kind string) string {
+	if kind == "net" && n.netPath != "" {
+		return n.netPath
+	}
+	return filepath.Join(n.dir, kind)
+}
+
+// netNSPath is where the network namespace of a sandbox is pinned.
+func (s *Service) netNSPath(id string) string {
+	if s.o.NetNSDir == "" {
+		return filepath.Join(s.podDir(id), "ns", "net")
+	}
+	return filepath.Join(s.o.NetNSDir, "cloister-"+id)
+}
+
+// removeFolders removes a sandbox's folder and the pin of its network
+// namespace, should that lie elsewhere.
+func (s *Service) removeFolders(sb *sandbox) error {
+	dir, pin := s.podDir(sb.record().ID), sb.record().NetNS
+	if err := removeFolder(dir); err != nil {
+		return err
+	}
+	if pin == "" || strings.HasPrefix(pin, dir+"/") {
+		return nil
+	}
+	if err := unix.Unmount(pin, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("unpin the network namespace: %w", err)
+	}
+	if err := os.Remove(pin); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the pin of the network namespace: %w", err)
+	}
+	return nil
+}
 
 func (n namespaces) pins() []string {
 	var ks []string
@@ -46,6 +81,11 @@ func (n namespaces) pins() []string {
 func (n namespaces) pin() error {
 	if err := os.MkdirAll(n.dir, 0o711); err != nil {
 		return fmt.Errorf("make the folder of the namespaces: %w", err)
+	}
+	if n.net {
+		if err := os.MkdirAll(filepath.Dir(n.path("net")), 0o755); err != nil {
+			return fmt.Errorf("make the folder of network namespaces: %w", err)
+		}
 	}
 	for _, k := range n.pins() {
 		f, err := os.OpenFile(n.path(k), os.O_CREATE|os.O_RDONLY, 0o444)

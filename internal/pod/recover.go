@@ -18,11 +18,15 @@ import (
 // that no client sees an empty node; intents are finished and shims are asked
 // in the background, where a slow one holds up nobody else.
 func (s *Service) recover() error {
-	sandboxes, err := load[sandboxRecord](s.store, sandboxBucket)
+	sandboxes, damagedPods, err := load[sandboxRecord](s.store, sandboxBucket)
 	if err != nil {
 		return err
 	}
-	containers, err := load[containerRecord](s.store, containerBucket)
+	containers, damagedContainers, err := load[containerRecord](s.store, containerBucket)
+	if err != nil {
+		return err
+	}
+	lost, err := s.setAside(append(damagedPods, damagedContainers...))
 	if err != nil {
 		return err
 	}
@@ -37,7 +41,7 @@ func (s *Service) recover() error {
 	for _, sb := range s.index.allSandboxes() {
 		cs := byPod[sb.record().ID]
 		delete(byPod, sb.record().ID)
-		s.inBackground(sb, func(ctx context.Context) error {
+		s.inBackground(sb.op, sb.record().ID, func(ctx context.Context) error {
 			for ; len(cs) > 0; cs = cs[1:] { // a repeat goes on where the last one failed
 				if err := s.recoverContainer(ctx, cs[0]); err != nil {
 					return err
@@ -47,29 +51,63 @@ func (s *Service) recover() error {
 			return s.recoverPod(ctx, sb)
 		})
 	}
-	for _, orphans := range byPod { // their pod's record is gone: a removal was cut off
+	for id, orphans := range byPod {
 		for _, c := range orphans {
-			s.log.Warn("container without a pod", "container", c.record().ID)
-			c.deleted.pass()
-			c.op.unlock()
-			s.work.Go(func() {
-				if err := s.RemoveContainer(s.ctx, c.record().ID); err != nil {
-					s.log.Error("remove a container without a pod", "container", c.record().ID, "err", err)
-				}
-			})
+			s.recoverOrphan(c, lost[id])
 		}
 	}
 	return nil
 }
 
+// setAside takes records that cannot be read out of the way, and gives the ids
+// of all that were, now or at an earlier start.
+func (s *Service) setAside(bad []damaged) (ids map[string]bool, err error) {
+	for _, d := range bad {
+		s.log.Error("a record of the pod store cannot be read and is set aside; \"cloister debug fsck --repair\" removes it with what is left on the node",
+			"record", d.what(), "id", d.id, "err", d.cause)
+	}
+	if err := s.store.setAside(bad); err != nil {
+		return nil, err
+	}
+	all, err := s.store.damaged()
+	if err != nil {
+		return nil, err
+	}
+	ids = map[string]bool{}
+	for _, d := range all {
+		ids[d.id] = true
+	}
+	return ids, nil
+}
+
+// recoverOrphan takes up a container whose pod has no record. When that is
+// because it cannot be read, the container goes on until somebody stops it;
+// else the pod's removal was cut off, and the container goes too.
+func (s *Service) recoverOrphan(c *container, podLost bool) {
+	id := c.record().ID
+	s.log.Warn("container without a pod", "container", id, "sandbox", c.record().SandboxID)
+	if podLost {
+		s.heldInBackground(c.op, id, func(ctx context.Context) error {
+			if c.removed() { // between two tries
+				return nil
+			}
+			return s.recoverContainer(ctx, c)
+		})
+		return
+	}
+	c.deleted.pass()
+	c.op.unlock()
+	s.work.Go(func() {
+		if err := s.RemoveContainer(s.ctx, id); err != nil {
+			s.log.Error("remove a container without a pod", "container", id, "err", err)
+		}
+	})
+}
+
 func (s *Service) recoverSandbox(rec *sandboxRecord) {
 	sb := &sandbox{op: newOpLock(), rec: *rec}
 	sb.snap.Store(rec)
-	var err error
-	if sb.handler, err = s.o.Shims.Lookup(rec.HandlerName); err != nil {
-		s.log.Warn("pod of a handler that is not configured any more", "sandbox", rec.ID, "handler", rec.HandlerName)
-		sb.handler = s.o.Shims.Former(rec.HandlerName, rec.Runtime)
-	}
+	sb.handler = s.recoverHandler(rec)
 	if err := selinux.ReserveLabelV2(rec.ProcessLabel); err != nil {
 		s.log.Warn("SELinux label of a pod may be given to a second one", "sandbox", rec.ID, "err", err)
 	}
@@ -79,15 +117,26 @@ func (s *Service) recoverSandbox(rec *sandboxRecord) {
 	}
 }
 
+// recoverHandler gives the version of its handler that the sandbox was made on.
+func (s *Service) recoverHandler(rec *sandboxRecord) *shim.Handler {
+	if rec.Whole {
+		return s.o.Shims.Kept(rec.HandlerName, rec.Runtime)
+	}
+	h, err := s.o.Shims.Lookup(rec.HandlerName)
+	if err != nil {
+		s.log.Warn("pod of a handler that is not configured any more", "sandbox", rec.ID, "handler", rec.HandlerName)
+		return s.o.Shims.Former(rec.HandlerName, rec.Runtime)
+	}
+	return h
+}
+
 // recoverRecord gives a container whose operation lock is held, until it is
 // known what became of it.
 func (s *Service) recoverRecord(rec *containerRecord) *container {
 	c := &container{op: newOpLock(), rec: *rec, ended: newMilestone(), deleted: newMilestone()}
 	c.op <- struct{}{}
 	c.snap.Store(rec)
-	if sb, err := s.index.sandbox(rec.SandboxID); err == nil {
-		c.handler = sb.handler
-	}
+	c.handler = s.handlerOf(rec)
 	if rec.Phase == exited || rec.Phase == removing {
 		c.ended.pass()
 	}
@@ -98,26 +147,44 @@ func (s *Service) recoverRecord(rec *containerRecord) *container {
 	return c
 }
 
-// inBackground runs f until it succeeds, holding the sandbox's operation lock
-// each time, so that requests of clients wait for it.
-func (s *Service) inBackground(sb *sandbox, f func(context.Context) error) {
-	if sb.op.lock(s.ctx) != nil {
-		return
+// handlerOf gives the handler of a recovered container, its sandbox's where
+// that is known.
+func (s *Service) handlerOf(rec *containerRecord) *shim.Handler {
+	if sb, err := s.index.sandbox(rec.SandboxID); err == nil {
+		return sb.handler
 	}
+	h, err := s.o.Shims.Lookup(rec.Handler)
+	if err != nil {
+		h = s.o.Shims.Former(rec.Handler, shim.Runtime{})
+	}
+	return h
+}
+
+// inBackground runs f until it succeeds, holding an operation lock each time,
+// so that requests of clients wait for it.
+func (s *Service) inBackground(op opLock, id string, f func(context.Context) error) {
+	if op.lock(s.ctx) == nil {
+		s.heldInBackground(op, id, f)
+	}
+}
+
+// heldInBackground is inBackground for a caller that holds the lock and gives
+// it away.
+func (s *Service) heldInBackground(op opLock, id string, f func(context.Context) error) {
 	s.work.Go(func() {
 		for pause := 100 * time.Millisecond; ; pause = min(2*pause, 30*time.Second) {
 			err := f(s.ctx)
-			sb.op.unlock()
+			op.unlock()
 			if err == nil || s.ctx.Err() != nil {
 				return
 			}
-			s.log.Warn("recovery of a pod failed, trying again", "sandbox", sb.record().ID, "in", pause, "err", err)
+			s.log.Warn("clean-up or recovery failed, trying again", "id", id, "in", pause, "err", err)
 			select {
 			case <-s.ctx.Done():
 				return
 			case <-time.After(pause):
 			}
-			if sb.op.lock(s.ctx) != nil {
+			if op.lock(s.ctx) != nil {
 				return
 			}
 		}
@@ -156,7 +223,7 @@ func (s *Service) takeDown(ctx context.Context, sb *sandbox) error {
 			return err
 		}
 	}
-	if err := removeFolder(s.podDir(id)); err != nil {
+	if err := s.removeFolders(sb); err != nil {
 		return err
 	}
 	return s.deleteSandbox(sb)

@@ -91,7 +91,7 @@ func TestRecoveryGoesOnWhereItFailed(t *testing.T) {
 func TestPodsOfAFormerHandlerCanBeRemoved(t *testing.T) {
 	m := newMachine(t, Options{})
 	sb := m.sandbox(t, "")
-	if err := m.changeSandbox(sb, func(r *sandboxRecord) { r.HandlerName, r.SharePID, r.Pid = "dropped", true, 1 }); err != nil {
+	if err := m.changeSandbox(sb, func(r *sandboxRecord) { r.HandlerName, r.Whole, r.SharePID, r.Pid = "dropped", false, true, 1 }); err != nil {
 		t.Fatal(err)
 	}
 	c := m.container(t, sb)

@@ -24,11 +24,11 @@ func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConf
 	if err := oci.ValidateSandbox(cfg, s.o.Node); err != nil {
 		return "", err
 	}
-	handler, err := chooseHandler(cfg.Annotations, handler)
+	name, err := s.handlerName(cfg, handler)
 	if err != nil {
 		return "", err
 	}
-	h, err := s.o.Shims.Handler(ctx, handler)
+	h, err := s.o.Shims.Handler(ctx, name)
 	if err != nil {
 		return "", err
 	}
@@ -39,7 +39,7 @@ func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConf
 	if err != nil {
 		return "", err
 	}
-	id, err := s.create(ctx, "pod sandbox", sandboxName(cfg.Metadata), hash, func(ctx context.Context, id string, stage func(string)) error {
+	id, err := s.create(ctx, sandboxObject, sandboxName(cfg.Metadata), hash, func(ctx context.Context, id string, stage func(string)) error {
 		return s.makeSandbox(ctx, s.newSandbox(id, hash, cfg, handler, h), stage)
 	})
 	if err != nil {
@@ -52,31 +52,12 @@ func (s *Service) RunSandbox(ctx context.Context, cfg *runtimeapi.PodSandboxConf
 	return id, nil
 }
 
-// untrusted is the handler of pods with the annotation of that name.
-const (
-	untrustedAnnotation = "io.kubernetes.cri.untrusted-workload"
-	untrusted           = "untrusted"
-)
-
-// chooseHandler gives the handler that a pod asks for, by its RuntimeClass or
-// by the older annotation.
-func chooseHandler(annotations map[string]string, handler string) (string, error) {
-	if annotations[untrustedAnnotation] != "true" {
-		return handler, nil
-	}
-	if handler != "" && handler != untrusted {
-		return "", fmt.Errorf("the pod asks for handler %q, and by the annotation %s for %q: remove one of them: %w",
-			handler, untrustedAnnotation, untrusted, errdefs.ErrInvalidArgument)
-	}
-	return untrusted, nil
-}
-
 func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, handler string, h *shim.Handler) *sandbox {
 	sb := &sandbox{op: newOpLock(), handler: h}
 	rec := &sb.rec
 	ns := cfg.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	*rec = sandboxRecord{
-		Name: sandboxName(cfg.Metadata), Hash: hash, HandlerName: h.Name, Runtime: h.Runtime.Trace(), Phase: creating,
+		Name: sandboxName(cfg.Metadata), Hash: hash, HandlerName: h.Name, Runtime: h.Runtime, Whole: true, Phase: creating,
 		Sysctls:  oci.Sysctls(cfg, s.o.Node),
 		SharePID: ns.GetPid() == runtimeapi.NamespaceMode_POD,
 		Sandbox: Sandbox{
@@ -88,7 +69,7 @@ func (s *Service) newSandbox(id, hash string, cfg *runtimeapi.PodSandboxConfig, 
 		rec.CgroupParent = s.o.CgroupParent
 	}
 	if ns.GetNetwork() != runtimeapi.NamespaceMode_NODE {
-		rec.NetNS, rec.NetworkUp = filepath.Join(s.podDir(id), "ns", "net"), true
+		rec.NetNS, rec.NetworkUp = s.netNSPath(id), true
 	}
 	if u := userNamespace(cfg); u != nil {
 		rec.UIDs, rec.GIDs = mappings(u.Uids), mappings(u.Gids)
@@ -115,32 +96,36 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	if err := s.changeSandbox(sb, func(r *sandboxRecord) { r.ProcessLabel, r.MountLabel = process, mount }); err != nil {
 		return err
 	}
-	undo.Add("take the half-made pod down", func(ctx context.Context) error {
-		err := s.takeDown(ctx, sb)
-		if err != nil {
-			s.inBackground(sb, func(ctx context.Context) error { return s.takeDown(ctx, sb) })
-		}
-		return err
-	})
+	undo.Add("take the half-made pod down", func(ctx context.Context) error { return s.discardSandbox(ctx, sb) })
 
 	stage("making namespaces")
 	if err := s.makeFolder(sb); err != nil {
 		return err
 	}
 
-	attached := &network.Result{}
-	if sb.record().NetworkUp {
-		stage("attaching the network")
-		attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
-		if err != nil {
-			return fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
-		}
+	attached, err := s.attachNetwork(ctx, sb, stage)
+	if err != nil {
+		return err
 	}
 
 	stage("starting the sandbox on its shim")
-	pid, err := sb.handler.StartSandbox(ctx, s.shimRequest(sb))
+	var pid uint32
+	err = timed(s.o.Observer.Shim, "start sandbox", func() (err error) {
+		pid, err = sb.handler.StartSandbox(ctx, s.shimRequest(sb))
+		return err
+	})
 	if err != nil {
 		return err
+	}
+	release := s.o.NRI.Hold()
+	defer release()
+	if s.o.NRI.Active() {
+		stage("asking plugins")
+		pod := s.nriPod(sb, attached.IPs, pid)
+		undo.Add("tell plugins that there will be no pod", func(ctx context.Context) error { return s.o.NRI.RemovePod(ctx, pod) })
+		if err := s.o.NRI.RunPod(ctx, pod); err != nil {
+			return err
+		}
 	}
 	stage("writing the record")
 	if err := s.changeSandbox(sb, func(r *sandboxRecord) {
@@ -157,10 +142,36 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	return nil
 }
 
+// discardSandbox takes down a sandbox that its client never got, in the
+// background when that fails at first.
+func (s *Service) discardSandbox(ctx context.Context, sb *sandbox) error {
+	err := s.takeDown(ctx, sb)
+	if err != nil {
+		s.inBackground(sb.op, sb.record().ID, func(ctx context.Context) error { return s.takeDown(ctx, sb) })
+	}
+	return err
+}
+
+// attachNetwork gives a pod that has a network of its own its interface.
+func (s *Service) attachNetwork(ctx context.Context, sb *sandbox, stage func(string)) (attached *network.Result, err error) {
+	if !sb.record().NetworkUp {
+		return &network.Result{}, nil
+	}
+	stage("attaching the network")
+	err = timed(s.o.Observer.Network, "attach", func() (err error) {
+		attached, err = s.o.Network.Attach(ctx, s.networkRequest(sb))
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
+	}
+	return attached, nil
+}
+
 // usable tells why nothing can be started in the sandbox any more, if so.
 // After it, the handler's features are known, of a recovered sandbox too.
 func (sb *sandbox) usable(ctx context.Context) error {
-	if sb.handler.Configured() {
+	if sb.handler.Usable() {
 		_, err := sb.handler.Features(ctx)
 		return err
 	}
@@ -172,7 +183,7 @@ func (sb *sandbox) usable(ctx context.Context) error {
 // and the files under /etc.
 func (s *Service) makeFolder(sb *sandbox) error {
 	dir := s.podDir(sb.record().ID)
-	if err := mountFolder(dir); err != nil {
+	if err := mountFolder(dir, rootOf(sb.record().GIDs)); err != nil {
 		return err
 	}
 	n := sandboxNamespaces(dir, sb)
@@ -192,7 +203,7 @@ func sandboxNamespaces(dir string, sb *sandbox) namespaces {
 	o := sb.record().Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
 	node := runtimeapi.NamespaceMode_NODE
 	return namespaces{
-		dir:  filepath.Join(dir, "ns"),
+		dir: filepath.Join(dir, "ns"), netPath: sb.record().NetNS,
 		net:  o.GetNetwork() != node,
 		uts:  o.GetNetwork() != node, // the node's network goes with the node's name
 		ipc:  o.GetIpc() != node,
@@ -209,7 +220,7 @@ func (s *Service) shimRequest(sb *sandbox) shim.SandboxRequest {
 	if n.user {
 		r.UserNS = n.path("user")
 	}
-	if parent := sb.record().Config.GetLinux().GetCgroupParent(); parent != "" && sb.record().SharePID && !sb.handler.Runtime.SystemdCgroup {
+	if parent := sb.record().Config.GetLinux().GetCgroupParent(); parent != "" && sb.record().SharePID && !sb.handler.Runtime.SystemdCgroup && !s.o.Node.CgroupDisabled {
 		r.Cgroup = filepath.Join(parent, sb.record().ID)
 	}
 	if sb.handler.Machine() {
@@ -263,7 +274,7 @@ func (s *Service) watchHolder(sb *sandbox) {
 func (s *Service) networkRequest(sb *sandbox) network.Request {
 	cfg := sb.record().Config
 	r := network.Request{
-		ID: sb.record().ID, Namespace: cfg.Metadata.Namespace, Name: cfg.Metadata.Name, UID: cfg.Metadata.Uid, NetNS: sb.record().NetNS,
+		ID: sb.record().ID, Handler: sb.handler.Name, Namespace: cfg.Metadata.Namespace, Name: cfg.Metadata.Name, UID: cfg.Metadata.Uid, NetNS: sb.record().NetNS,
 		CgroupPath: cfg.GetLinux().GetCgroupParent(), Labels: cfg.Labels, Annotations: cfg.Annotations, Cached: sb.record().Network,
 		Bandwidth: bandwidth(cfg.Annotations),
 	}

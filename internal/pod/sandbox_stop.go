@@ -56,6 +56,9 @@ func (s *Service) stopSandbox(ctx context.Context, sb *sandbox) error {
 	if err := g.Wait(); err != nil {
 		return fmt.Errorf("stop the containers of pod %s: %w", sb.record().Name, err)
 	}
+	if s.o.NRI.Active() {
+		s.tell("StopPodSandbox", id, s.o.NRI.StopPod(ctx, s.describePod(sb)))
+	}
 	if err := sb.handler.StopSandbox(ctx, id, s.podDir(id)); err != nil {
 		return fmt.Errorf("stop pod %s on its shim: %w", sb.record().Name, err)
 	}
@@ -78,7 +81,7 @@ func (s *Service) detach(ctx context.Context, sb *sandbox) error {
 	if _, err := os.Stat(req.NetNS); errors.Is(err, os.ErrNotExist) {
 		req.NetNS = ""
 	}
-	if err := s.o.Network.Detach(ctx, req); err != nil {
+	if err := timed(s.o.Observer.Network, "detach", func() error { return s.o.Network.Detach(ctx, req) }); err != nil {
 		return fmt.Errorf("detach pod %s from the network: %w", sb.record().Name, err)
 	}
 	return nil
@@ -108,10 +111,13 @@ func (s *Service) removeSandbox(ctx context.Context, sb *sandbox) error {
 			return err
 		}
 	}
+	if s.o.NRI.Active() {
+		s.tell("RemovePodSandbox", id, s.o.NRI.RemovePod(ctx, s.describePod(sb)))
+	}
 	if err := sb.handler.ShutdownSandbox(ctx, id, s.podDir(id)); err != nil {
 		return fmt.Errorf("shut down pod %s on its shim: %w", sb.record().Name, err)
 	}
-	if err := removeFolder(s.podDir(id)); err != nil {
+	if err := s.removeFolders(sb); err != nil {
 		return err
 	}
 	if err := s.deleteSandbox(sb); err != nil {

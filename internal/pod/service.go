@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
@@ -15,6 +16,7 @@ import (
 
 	"cloister.dev/internal/image"
 	"cloister.dev/internal/network"
+	"cloister.dev/internal/nri"
 	"cloister.dev/internal/oci"
 	"cloister.dev/internal/shim"
 )
@@ -26,6 +28,8 @@ type Options struct {
 	Network     network.Attacher
 	Shims       *shim.Client
 	Node        oci.Node
+	NRI         *nri.Server // nil: no plugins
+	Observer    Observer
 	Log         *slog.Logger
 
 	// CgroupParent is for pods that name none and whose cgroups systemd does
@@ -33,12 +37,20 @@ type Options struct {
 	// oci.DefaultCgroup.
 	CgroupParent string
 
+	// NetNSDir is where network namespaces are pinned; empty: in the folder of
+	// each pod, below State.
+	NetNSDir string
+
 	LogMaxLine         int64 // bytes, see shim.TaskRequest
 	IgnoreImageVolumes bool
-	DrainExecSync      time.Duration      // bounds the wait for output of an exec that ended; 0: drainTime
-	StatsPeriod        time.Duration      // statistics are no older than this
-	VerboseInfo        map[string]any     // the configuration, as Status shows it
-	Conditions         func() []Condition // further conditions of Status
+	// DrainExecSync bounds the wait for output of an ExecSync that ended, which
+	// a child of it may hold open; 0: as long as the caller waits.
+	DrainExecSync time.Duration
+	StatsPeriod   time.Duration              // statistics are no older than this
+	LayerPeriod   time.Duration              // between two measurements of a writable layer; 0: layerAge
+	PodRanges     func([]netip.Prefix) error // takes the node's pod ranges; nil: nobody wants them
+	VerboseInfo   func() map[string]any      // the configuration, as Status shows it
+	Conditions    func() []Condition         // further conditions of Status
 }
 
 // Condition is a fact about the daemon that Status reports.

@@ -4,9 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"runtime"
 	"strings"
 
+	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"cloister.dev/internal/shim"
@@ -103,8 +105,12 @@ func (s *Service) statusInfo(ctx context.Context) (map[string]string, error) {
 		handlers[h.Name] = map[string]any{"type": h.Runtime.Type, "works": f.Works, "reason": f.Reason, "path": f.Path,
 			"version": f.Version, "ociVersion": f.OCIVersion, "probeMillis": f.Millis}
 	}
+	var config map[string]any
+	if s.o.VerboseInfo != nil {
+		config = s.o.VerboseInfo()
+	}
 	info := map[string]string{}
-	for key, v := range map[string]any{"config": s.o.VerboseInfo, "handlers": handlers, "golang": runtime.Version(), "goroutines": runtime.NumGoroutine()} {
+	for key, v := range map[string]any{"config": config, "handlers": handlers, "golang": runtime.Version(), "goroutines": runtime.NumGoroutine()} {
 		b, err := json.Marshal(v)
 		if err != nil {
 			return nil, fmt.Errorf("encode the verbose status: %w", err)
@@ -134,11 +140,23 @@ func (s *Service) CgroupDriver(ctx context.Context) (runtimeapi.CgroupDriver, er
 	return runtimeapi.CgroupDriver_CGROUPFS, nil
 }
 
-// UpdatePodCIDR is told the node's pod range by kubelet. Networks take their
-// ranges from their own configuration.
-func (s *Service) UpdatePodCIDR(cidr string) error {
-	if cidr != "" {
-		s.log.Debug("kubelet's pod range is not used: the network's own configuration rules", "cidr", cidr)
+// UpdatePodCIDR is told the node's pod ranges by kubelet, separated by commas,
+// and passes them on to a network that wants them.
+func (s *Service) UpdatePodCIDR(cidrs string) error {
+	if cidrs == "" {
+		return nil
 	}
-	return nil
+	var ranges []netip.Prefix
+	for c := range strings.SplitSeq(cidrs, ",") {
+		p, err := netip.ParsePrefix(strings.TrimSpace(c))
+		if err != nil {
+			return fmt.Errorf("pod_cidr %.200q: %w: %w", cidrs, err, errdefs.ErrInvalidArgument)
+		}
+		ranges = append(ranges, p.Masked())
+	}
+	if s.o.PodRanges == nil {
+		s.log.Debug("kubelet's pod range is not used: the network's own configuration rules", "cidr", cidrs)
+		return nil
+	}
+	return s.o.PodRanges(ranges)
 }

@@ -20,9 +20,11 @@ type sandboxRecord struct {
 	Name        string // reserved name, unique among sandboxes
 	Hash        string // of the request
 	HandlerName string // the handler that "" stood for
-	// Runtime is what is needed of the handler to end the sandbox, should it not
-	// be configured any more by then.
-	Runtime    shim.Runtime
+	// Runtime is the handler as it was when the sandbox was made, whatever became
+	// of its configuration since.
+	Runtime shim.Runtime
+	// Whole: Runtime is. Records of older daemons have what it takes to end it.
+	Whole      bool
 	Phase      phase
 	NetworkUp  bool // addresses may be allocated
 	Sysctls    map[string]string
@@ -64,7 +66,7 @@ func openStore(path string) (*store, error) {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
 	err = db.Update(func(tx *bolt.Tx) error {
-		for _, b := range []string{sandboxBucket, containerBucket} {
+		for _, b := range []string{sandboxBucket, containerBucket, damagedBucket} {
 			if _, err := tx.CreateBucketIfNotExists([]byte(b)); err != nil {
 				return err
 			}
@@ -100,19 +102,31 @@ func (s *store) delete(bucket, id string) error {
 	return nil
 }
 
-func load[R any](s *store, bucket string) ([]*R, error) {
-	var all []*R
-	err := s.db.View(func(tx *bolt.Tx) error {
+// load reads all records of a bucket, and gives those that cannot be read
+// beside them.
+func load[R any, P interface {
+	*R
+	check(id string) error
+}](s *store, bucket string) (all []*R, bad []damaged, err error) {
+	err = s.db.View(func(tx *bolt.Tx) error {
 		return tx.Bucket([]byte(bucket)).ForEach(func(k, v []byte) error {
 			r := new(R)
-			if err := json.Unmarshal(v, r); err != nil {
-				return fmt.Errorf("record of %s in the pod store: %w", k, err)
+			cause := json.Unmarshal(v, r)
+			if cause == nil {
+				cause = P(r).check(string(k))
 			}
-			all = append(all, r)
+			if cause == nil {
+				all = append(all, r)
+			} else {
+				bad = append(bad, damaged{bucket: bucket, id: string(k), cause: cause})
+			}
 			return nil
 		})
 	})
-	return all, err
+	if err != nil {
+		return nil, nil, fmt.Errorf("read the records of the pod store: %w", err)
+	}
+	return all, bad, nil
 }
 
 // The CRI messages inside the records are kept in their own encoding, so that

@@ -21,10 +21,10 @@ func TestRecordsSurviveTheStore(t *testing.T) {
 	sb := &sandboxRecord{Name: "n", Hash: "h", Phase: ready, NetworkUp: true, Sandbox: Sandbox{
 		ID: "a", Handler: "runc", CreatedAt: now, IPs: []netip.Addr{netip.MustParseAddr("10.0.0.1")}, Network: json.RawMessage(`{"x":1}`),
 		State:    runtimeapi.PodSandboxState_SANDBOX_NOTREADY,
-		Config:   &runtimeapi.PodSandboxConfig{Hostname: "host", Labels: map[string]string{"k": "v"}},
+		Config:   &runtimeapi.PodSandboxConfig{Metadata: &runtimeapi.PodSandboxMetadata{Name: "p"}, Hostname: "host", Labels: map[string]string{"k": "v"}},
 		Overhead: &runtimeapi.LinuxContainerResources{CpuShares: 7}}}
 	ct := &containerRecord{Name: "n", Phase: exited, Container: Container{
-		ID: "b", SandboxID: "a", ExitCode: 3, StartedAt: now, Reason: "Error", Config: &runtimeapi.ContainerConfig{LogPath: "0.log"},
+		ID: "b", SandboxID: "a", ExitCode: 3, StartedAt: now, Reason: "Error", Bundle: "/b", Config: &runtimeapi.ContainerConfig{Metadata: &runtimeapi.ContainerMetadata{Name: "c"}, LogPath: "0.log"},
 		Mounts: []*runtimeapi.Mount{{HostPath: "/h", ContainerPath: "/c"}},
 		User:   &runtimeapi.ContainerUser{Linux: &runtimeapi.LinuxContainerUser{Uid: 9}}}}
 	if err := s.put(sandboxBucket, "a", sb); err != nil {
@@ -41,7 +41,10 @@ func TestRecordsSurviveTheStore(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.close()
-	sbs, err := load[sandboxRecord](s, sandboxBucket)
+	sbs, bad, err := load[sandboxRecord](s, sandboxBucket)
+	if len(bad) > 0 {
+		t.Errorf("unreadable: %v", bad)
+	}
 	if err != nil || len(sbs) != 1 {
 		t.Fatal(sbs, err)
 	}
@@ -50,7 +53,10 @@ func TestRecordsSurviveTheStore(t *testing.T) {
 		!got.CreatedAt.Equal(now) || got.State != sb.State || !proto.Equal(got.Config, sb.Config) || !proto.Equal(got.Overhead, sb.Overhead) || got.Resources != nil {
 		t.Errorf("sandbox came back as %+v", got)
 	}
-	cts, err := load[containerRecord](s, containerBucket)
+	cts, bad, err := load[containerRecord](s, containerBucket)
+	if len(bad) > 0 {
+		t.Errorf("unreadable: %v", bad)
+	}
 	if err != nil || len(cts) != 1 {
 		t.Fatal(cts, err)
 	}
@@ -61,7 +67,7 @@ func TestRecordsSurviveTheStore(t *testing.T) {
 	if err := s.delete(sandboxBucket, "a"); err != nil {
 		t.Fatal(err)
 	}
-	if sbs, _ := load[sandboxRecord](s, sandboxBucket); len(sbs) != 0 {
+	if sbs, _, _ := load[sandboxRecord](s, sandboxBucket); len(sbs) != 0 {
 		t.Error("deleted record is still there")
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"cloister.dev/internal/nri"
 	"cloister.dev/internal/oci"
 )
 
@@ -27,29 +28,42 @@ func (s *Service) UpdateResources(ctx context.Context, id string, r *runtimeapi.
 	if p != ready && p != running {
 		return fmt.Errorf("container %.13s is %s, resources of a created or running one can change: %w", c.record().ID, p.containerState(), errdefs.ErrFailedPrecondition)
 	}
-	path := filepath.Join(c.record().Bundle, "config.json")
-	var spec specs.Spec
-	data, err := os.ReadFile(path)
-	if err == nil {
-		err = json.Unmarshal(data, &spec)
-	}
-	if err != nil {
-		return fmt.Errorf("read the container's specification: %w", err)
-	}
-	res, err := oci.UpdateResources(&spec, r, s.o.Node)
+	spec, err := readSpec(c.record().Bundle)
 	if err != nil {
 		return err
 	}
-	if p == running {
+	res, err := oci.UpdateResources(spec, r, s.o.Node)
+	if err != nil {
+		return err
+	}
+	if res, err = s.adjustUpdate(ctx, c, spec, r, res); err != nil {
+		return err
+	}
+	if err := s.setResources(ctx, c, spec, res, r); err != nil {
+		return err
+	}
+	if s.o.NRI.Active() {
+		s.tell("PostUpdateContainer", c.record().ID, s.o.NRI.PostUpdate(ctx, s.podOf(c), s.describeContainer(c, spec)))
+	}
+	return nil
+}
+
+// setResources gives the container res, which its specification then has. The
+// record gets what r tells of them. The caller holds c.op.
+func (s *Service) setResources(ctx context.Context, c *container, spec *specs.Spec, res *specs.LinuxResources, r *runtimeapi.LinuxContainerResources) error {
+	if c.phase() == running {
 		if err := c.task(s).Update(ctx, res); err != nil {
 			return fmt.Errorf("update the resources of container %q: %w", c.record().Config.Metadata.Name, err)
 		}
+	} else {
+		oci.DropUnlimited(res)
 	}
 	spec.Linux.Resources = res
-	if data, err = json.Marshal(&spec); err != nil {
+	data, err := json.Marshal(spec)
+	if err != nil {
 		return fmt.Errorf("encode the specification: %w", err)
 	}
-	if err := replaceFile(path, data); err != nil {
+	if err := replaceFile(filepath.Join(c.record().Bundle, "config.json"), data); err != nil {
 		return err
 	}
 	return s.changeContainer(c, func(rec *containerRecord) {
@@ -71,6 +85,19 @@ func mergeResources(old, r *runtimeapi.LinuxContainerResources) *runtimeapi.Linu
 	}
 	proto.Merge(merged, r)
 	return merged
+}
+
+// readSpec reads the specification of the container with this bundle.
+func readSpec(bundle string) (*specs.Spec, error) {
+	var spec specs.Spec
+	data, err := os.ReadFile(filepath.Join(bundle, "config.json"))
+	if err == nil {
+		err = json.Unmarshal(data, &spec)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the container's specification: %w", err)
+	}
+	return &spec, nil
 }
 
 func replaceFile(path string, data []byte) error {
@@ -98,7 +125,14 @@ func (s *Service) UpdateSandboxResources(ctx context.Context, r *runtimeapi.Upda
 	if sb.phase() != ready {
 		return fmt.Errorf("pod sandbox %.13s is not ready: %w", sb.record().ID, errdefs.ErrFailedPrecondition)
 	}
-	return s.changeSandbox(sb, func(rec *sandboxRecord) {
+	plugins := s.o.NRI.Active()
+	if plugins {
+		if err := s.o.NRI.UpdatePod(ctx, s.describePod(sb), nri.Resources(r.Overhead), nri.Resources(r.Resources)); err != nil {
+			return err
+		}
+	}
+	err = s.changeSandbox(sb, func(rec *sandboxRecord) {
+		rec.Resized = true
 		if r.Overhead != nil {
 			rec.Overhead = r.Overhead
 		}
@@ -106,6 +140,10 @@ func (s *Service) UpdateSandboxResources(ctx context.Context, r *runtimeapi.Upda
 			rec.Resources = r.Resources
 		}
 	})
+	if err == nil && plugins {
+		s.tell("PostUpdatePodSandbox", sb.record().ID, s.o.NRI.PostUpdatePod(ctx, s.describePod(sb)))
+	}
+	return err
 }
 
 // ReopenLog makes a running container's log continue in a new file, after the

@@ -48,12 +48,41 @@ func (s *Service) makeVolumes(sb *sandbox, c *container, img image.Image, rootfs
 		if err := os.Chown(dir, int(rootOf(sb.record().UIDs)), int(rootOf(sb.record().GIDs))); err != nil {
 			return nil, fmt.Errorf("give volume %s to root of the pod: %w", p, err)
 		}
+		if err := preparePlace(rootfs, p); err != nil {
+			return nil, err
+		}
 		if err := copyUp(rootfs, p, dir); err != nil {
 			return nil, fmt.Errorf("fill volume %s from the image: %w", p, err)
 		}
 		volumes[p] = dir
 	}
 	return volumes, nil
+}
+
+// preparePlace looks where a VOLUME lies in the root file system, which no
+// process changes yet. Where a link of the image leads to nowhere it makes the
+// folder: not every OCI runtime does. Links cannot leave rootfs.
+func preparePlace(rootfs, volume string) error {
+	real, err := continuity.RootPath(rootfs, volume)
+	if err != nil {
+		return fmt.Errorf("VOLUME %s of the image leads nowhere: %w: %w", volume, err, errdefs.ErrInvalidArgument)
+	}
+	place := filepath.Join("/", real[len(filepath.Clean(rootfs)):])
+	if err := oci.CheckVolume(volume, place); err != nil {
+		return err
+	}
+	if place != volume {
+		err = os.MkdirAll(real, 0o755)
+	} else if fi, e := os.Lstat(real); e == nil && !fi.IsDir() {
+		err = unix.ENOTDIR
+	}
+	if errors.Is(err, unix.ENOTDIR) {
+		return fmt.Errorf("VOLUME %s of the image is, or lies below, what is no folder there: %w: %w", volume, err, errdefs.ErrInvalidArgument)
+	}
+	if err != nil {
+		return fmt.Errorf("make the folder that VOLUME %s of the image leads to: %w", volume, err)
+	}
+	return nil
 }
 
 // copyUp copies the folder at path inside rootfs to dir, with ownership. The

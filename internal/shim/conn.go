@@ -60,38 +60,86 @@ func (c *conn) alive() bool {
 }
 
 // dialer gives the current connection to one shim, making a new one when the
-// last broke.
+// last broke. One goroutine connects for all callers, each of which waits no
+// longer than it wants to.
 type dialer struct {
 	connect func(context.Context) (*conn, error)
 
-	mu   sync.Mutex // guards cur; held while connecting, so that one goroutine connects for all
-	cur  *conn
-	done bool
+	mu     sync.Mutex // guards the rest; not held while connecting
+	cur    *conn
+	trying *dialing
+	done   bool
 }
+
+// dialing is one attempt to connect.
+type dialing struct {
+	cancel context.CancelFunc
+	ended  chan struct{} // closed when c and err are final
+	c      *conn
+	err    error
+}
+
+// connectTime bounds an attempt, whoever waits for it.
+const connectTime = 15 * time.Second
+
+var errShutDown = fmt.Errorf("shim was shut down: %w", errdefs.ErrUnavailable)
 
 func (d *dialer) get(ctx context.Context) (*conn, error) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	if d.done {
-		return nil, fmt.Errorf("shim was shut down: %w", errdefs.ErrUnavailable)
+		d.mu.Unlock()
+		return nil, errShutDown
 	}
 	if d.cur != nil && d.cur.alive() {
+		defer d.mu.Unlock()
 		return d.cur, nil
 	}
-	c, err := d.connect(ctx)
-	if err != nil {
-		return nil, err
+	t := d.trying
+	if t == nil {
+		t = &dialing{ended: make(chan struct{})}
+		var own context.Context
+		own, t.cancel = context.WithTimeout(context.WithoutCancel(ctx), connectTime)
+		d.trying = t
+		go d.try(own, t)
 	}
-	d.cur = c
-	return c, nil
+	d.mu.Unlock()
+	select {
+	case <-t.ended:
+		return t.c, t.err
+	case <-ctx.Done():
+		return nil, fmt.Errorf("connect to the shim: %w", ctx.Err())
+	}
 }
 
-func (d *dialer) close() {
+func (d *dialer) try(ctx context.Context, t *dialing) {
+	defer close(t.ended)
+	defer t.cancel()
+	c, err := d.connect(ctx)
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	d.trying = nil
+	switch {
+	case err != nil:
+		t.err = err
+	case d.done:
+		t.err = errors.Join(errShutDown, c.client.Close())
+	default:
+		t.c, d.cur = c, c
+	}
+}
+
+// close ends the connection, and an attempt to make one.
+func (d *dialer) close() {
+	d.mu.Lock()
 	d.done = true
-	if d.cur != nil {
-		d.cur.client.Close()
+	cur, t := d.cur, d.trying
+	d.mu.Unlock()
+	if t != nil {
+		t.cancel()
+		<-t.ended
+	}
+	if cur != nil {
+		cur.client.Close()
 	}
 }
 
@@ -125,7 +173,7 @@ func (d *dialer) call(ctx context.Context, repeatable bool, f func(context.Conte
 				deadline, pause = time.Now().Add(repeatTime), 5*time.Millisecond
 			}
 		}
-		if errors.Is(err, errGone) {
+		if errors.Is(err, errGone) || errors.Is(err, errShutDown) {
 			return err
 		}
 		if sent && !repeatable || time.Now().After(deadline) {

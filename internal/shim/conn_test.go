@@ -95,3 +95,61 @@ func TestCallEndsWithItsCaller(t *testing.T) {
 		}
 	})
 }
+
+// While nobody answers, every caller waits as long as it wants to and no
+// longer, and one attempt serves all.
+func TestCallersOfAShimThatHangsWaitOnTheirOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		attempts, answer := 0, make(chan struct{})
+		d := &dialer{connect: func(ctx context.Context) (*conn, error) {
+			attempts++
+			select {
+			case <-answer:
+				return &conn{closed: make(chan struct{})}, nil
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+		}}
+		began := time.Now()
+		fine := func(context.Context, *conn) error { return nil }
+		patient := make(chan error, 1)
+		go func() { patient <- d.call(t.Context(), true, fine) }()
+		for range 3 {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			if err := d.call(ctx, true, fine); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("got %v", err)
+			}
+			cancel()
+		}
+		if took := time.Since(began); took != 3*time.Second {
+			t.Errorf("three callers with a second each took %v", took)
+		}
+		close(answer)
+		if err := <-patient; err != nil || attempts != 1 {
+			t.Errorf("got %v after %d attempts", err, attempts)
+		}
+	})
+}
+
+func TestCloseEndsAnAttempt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := &dialer{connect: func(ctx context.Context) (*conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}}
+		waiting := make(chan error, 1)
+		go func() {
+			_, err := d.get(t.Context())
+			waiting <- err
+		}()
+		synctest.Wait()
+		began := time.Now()
+		d.close()
+		if err := <-waiting; err == nil || time.Since(began) != 0 {
+			t.Errorf("got %v after %v", err, time.Since(began))
+		}
+		if _, err := d.get(t.Context()); !errdefs.IsUnavailable(err) {
+			t.Errorf("after the end: %v", err)
+		}
+	})
+}

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	bootapi "github.com/containerd/containerd/api/runtime/bootstrap/v1"
 	"github.com/containerd/errdefs"
@@ -106,39 +107,55 @@ func writeWhole(path string, data []byte) error {
 // runStart runs the start command. A repeat gets the address of the shim that
 // is running.
 func (c *Client) runStart(ctx context.Context, h *Handler, id, bundle string) (*bootapi.BootstrapResult, error) {
-	path, err := h.shimPath()
-	if err != nil {
-		return nil, err
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
 	// Shims open this FIFO for writing and would wait for a reader.
 	logs, err := c.openShimLog(id, bundle)
 	if err != nil {
 		return nil, err
 	}
 	defer logs.Close()
-	params, err := proto.Marshal(&bootapi.BootstrapParams{
+	boot := &bootapi.BootstrapParams{
 		InstanceID: id, Namespace: containerdNamespace, ContainerdVersion: "2.4.2", SocketDir: proto.String(c.socketDir()),
-		ContainerdGrpcAddress: c.o.GRPCAddress, ContainerdTtrpcAddress: c.o.EventsAddress, ContainerdBinary: self,
-	})
+		ContainerdGrpcAddress: c.o.GRPCAddress, ContainerdTtrpcAddress: c.o.EventsAddress, ContainerdBinary: c.self,
+	}
+	if h.Runtime.ShimCgroup != "" { // the one option that a shim needs before its first task
+		if err := boot.AddExtension(h.foreignOptions(TaskRequest{})); err != nil {
+			return nil, fmt.Errorf("encode the handler's options: %w", err)
+		}
+	}
+	params, err := proto.Marshal(boot)
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.CommandContext(ctx, path, c.shimArgs(self, id, "start")...)
+	out, err := c.runShim(ctx, h, bundle, bytes.NewReader(params), c.shimArgs(id, "start")...)
+	if err != nil {
+		return nil, err
+	}
+	return parseBootstrap(out)
+}
+
+// runShim runs a command of the handler's shim in the sandbox's folder and
+// gives what it printed.
+func (c *Client) runShim(ctx context.Context, h *Handler, bundle string, stdin io.Reader, args ...string) ([]byte, error) {
+	path, err := h.shimPath()
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(ctx, path, args...)
 	cmd.Dir = bundle
-	cmd.Env = c.shimEnv()
-	cmd.Stdin = bytes.NewReader(params)
+	cmd.Env = append(os.Environ(), "GOMAXPROCS=2", "MAX_SHIM_VERSION=3",
+		"TTRPC_ADDRESS="+c.o.EventsAddress, "GRPC_ADDRESS="+c.o.GRPCAddress, "NAMESPACE="+containerdNamespace)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.WaitDelay = leftOpen
 	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil && !errors.Is(err, exec.ErrWaitDelay) {
-		return nil, fmt.Errorf("%s start (handler %q): %w: %s", path, h.Name, err, firstBytes(stderr.Bytes()))
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &stdout, &stderr
+	began := time.Now()
+	err = cmd.Run()
+	action := args[len(args)-1]
+	c.log.Debug("command of a shim", "action", action, "bundle", bundle, "took", time.Since(began), "err", err, "says", firstBytes(stderr.Bytes()))
+	if err != nil && !errors.Is(err, exec.ErrWaitDelay) {
+		return nil, fmt.Errorf("%s %s (handler %q): %w: %s", path, action, h.Name, err, firstBytes(stderr.Bytes()))
 	}
-	return parseBootstrap(stdout.Bytes())
+	return stdout.Bytes(), nil
 }
 
 // longestSocketDir leaves room for the names that shims give their sockets, 64
@@ -156,13 +173,8 @@ func (c *Client) socketDir() string {
 	return fmt.Sprintf("/run/cloister-shims-%x", sum[:8])
 }
 
-func (c *Client) shimArgs(self, id, action string) []string {
-	return []string{"-namespace", containerdNamespace, "-address", c.o.GRPCAddress, "-publish-binary", self, "-id", id, action}
-}
-
-func (c *Client) shimEnv() []string {
-	return append(os.Environ(), "GOMAXPROCS=2", "MAX_SHIM_VERSION=3",
-		"TTRPC_ADDRESS="+c.o.EventsAddress, "GRPC_ADDRESS="+c.o.GRPCAddress, "NAMESPACE="+containerdNamespace)
+func (c *Client) shimArgs(id, action string) []string {
+	return []string{"-namespace", containerdNamespace, "-address", c.o.GRPCAddress, "-publish-binary", c.self, "-id", id, action}
 }
 
 // parseBootstrap reads what a shim's start command printed: the protobuf

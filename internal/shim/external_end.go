@@ -1,13 +1,11 @@
 package shim
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -129,31 +127,15 @@ func (e *external) shutDown(ctx context.Context, id string) error {
 // runDelete runs the delete command of a shim that has died: for a container
 // in its bundle it kills what runs and tells how the container ended.
 func (c *Client) runDelete(ctx context.Context, h *Handler, id, bundle string) (*taskapi.DeleteResponse, error) {
-	path, err := h.shimPath()
-	if err != nil {
-		return nil, err
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
 	ctx, cancel := context.WithTimeout(ctx, deleteTime)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, path, append([]string{"-bundle", bundle}, c.shimArgs(self, id, "delete")...)...)
-	cmd.Dir = bundle
-	cmd.Env = c.shimEnv()
-	cmd.WaitDelay = leftOpen
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	began := time.Now()
-	err = cmd.Run()
-	c.log.Debug("delete command of a shim", "id", id, "took", time.Since(began), "err", err, "says", firstBytes(stderr.Bytes()))
-	if err != nil && !errors.Is(err, exec.ErrWaitDelay) {
-		return nil, fmt.Errorf("%s delete: %w: %s", path, err, firstBytes(stderr.Bytes()))
+	out, err := c.runShim(ctx, h, bundle, nil, append([]string{"-bundle", bundle}, c.shimArgs(id, "delete")...)...)
+	if err != nil {
+		return nil, err
 	}
 	var r taskapi.DeleteResponse
-	if err := proto.Unmarshal(stdout.Bytes(), &r); err != nil {
-		return nil, fmt.Errorf("%s delete answered what is no DeleteResponse: %w", path, err)
+	if err := proto.Unmarshal(out, &r); err != nil {
+		return nil, fmt.Errorf("the shim's delete (handler %q) answered what is no DeleteResponse: %w", h.Name, err)
 	}
 	return &r, nil
 }

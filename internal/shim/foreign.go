@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -59,7 +60,7 @@ func (h *Handler) foreignOptions(t TaskRequest) proto.Message {
 			root = filepath.Join(h.client.o.State, "runc")
 		}
 		return &runcoptions.Options{BinaryName: r.Binary, Root: root, SystemdCgroup: r.SystemdCgroup, NoNewKeyring: r.NoNewKeyring,
-			IoUid: t.IOUid, IoGid: t.IOGid}
+			NoPivotRoot: r.NoPivotRoot, ShimCgroup: r.ShimCgroup, IoUid: cmp.Or(r.IOUid, t.IOUid), IoGid: cmp.Or(r.IOGid, t.IOGid)}
 	}
 	if r.ConfigPath == "" && r.ConfigBody == "" {
 		return nil

@@ -4,16 +4,15 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
-	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
+	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"google.golang.org/protobuf/types/known/anypb"
 
 	hostv1 "cloister.dev/api/host/v1"
@@ -21,25 +20,33 @@ import (
 
 // Runtime describes a runtime handler as the administrator configured it.
 type Runtime struct {
-	Type           string // runtime_type, such as io.containerd.runc.v2
-	Path           string // absolute path of an external shim; empty: looked up
-	Binary         string // BinaryName of the OCI runtime
-	Root           string // state folder of the OCI runtime
-	SystemdCgroup  bool
-	NoNewKeyring   bool
-	ForceExternal  bool           // use containerd-shim-… even for a type that the resident shim serves
-	Options        map[string]any // all options of the table, for external shims
-	ConfigPath     string         // options.ConfigPath of external shims other than runc's
-	ConfigBody     string         // text that stands in for ConfigPath
-	OptionsType    string         // type URL that such a shim knows its configuration by
-	Snapshotter    string
-	BaseSpec       string
-	PodAnnotations []string
-	CtrAnnotations []string
-	NoHostDevices  bool // privileged_without_host_devices
-	AllDevices     bool // …_all_devices_allowed
-	CgroupWritable bool
-	Machine        *hostv1.MachineOptions // how virtual machines are made
+	Type           string              `json:",omitempty"` // runtime_type, such as io.containerd.runc.v2
+	Path           string              `json:",omitempty"` // absolute path of an external shim; empty: looked up
+	Binary         string              `json:",omitempty"` // BinaryName of the OCI runtime
+	Root           string              `json:",omitempty"` // state folder of the OCI runtime
+	SystemdCgroup  bool                `json:",omitempty"`
+	NoNewKeyring   bool                `json:",omitempty"`
+	NoPivotRoot    bool                `json:",omitempty"`
+	NoCgroup       bool                `json:",omitempty"` // the node's cgroups are left alone
+	ShimCgroup     string              `json:",omitempty"` // of external shims of runc's kind
+	IOUid, IOGid   uint32              `json:",omitempty"` // own the pipes of containers; 0: root of the pod
+	ForceExternal  bool                `json:",omitempty"` // use containerd-shim-… even for a type that the resident shim serves
+	Options        map[string]any      `json:",omitempty"` // all options of the table, for external shims
+	ConfigPath     string              `json:",omitempty"` // options.ConfigPath of external shims other than runc's
+	ConfigBody     string              `json:",omitempty"` // text that stands in for ConfigPath
+	OptionsType    string              `json:",omitempty"` // type URL that such a shim knows its configuration by
+	Snapshotter    string              `json:",omitempty"`
+	BaseSpec       string              `json:",omitempty"`
+	PodAnnotations []string            `json:",omitempty"`
+	CtrAnnotations []string            `json:",omitempty"`
+	NoHostDevices  bool                `json:",omitempty"` // privileged_without_host_devices
+	AllDevices     bool                `json:",omitempty"` // …_all_devices_allowed
+	CgroupWritable bool                `json:",omitempty"`
+	ReadOnlyMounts string              `json:",omitempty"` // treat_ro_mounts_as_rro
+	Rlimits        []specs.POSIXRlimit `json:",omitempty"`
+	// Machine says how virtual machines are made.
+	Machine *hostv1.MachineOptions `json:",omitempty"`
+	Found   bool                   `json:",omitempty"` // nobody configured it: it is on the machine
 }
 
 // Types that resident shims serve.
@@ -64,18 +71,13 @@ func (h *Handler) home() *resident {
 	return h.client.container
 }
 
-// Trace is what of a runtime is needed to end what runs on it.
-func (r Runtime) Trace() Runtime {
-	return Runtime{Type: r.Type, Path: r.Path, ForceExternal: r.ForceExternal, SystemdCgroup: r.SystemdCgroup}
-}
-
-// Found gives a handler for each OCI runtime in PATH: what a node has whose
-// administrator configured none.
+// Found gives a handler for each OCI runtime in PATH: what a node has beside
+// the handlers that its administrator configured.
 func Found() map[string]Runtime {
 	found := map[string]Runtime{}
 	for handler, program := range map[string]string{"runc": "runc", "crun": "crun", "gvisor": "runsc"} {
 		if _, err := exec.LookPath(program); err == nil {
-			found[handler] = Runtime{Type: containerType, Binary: program}
+			found[handler] = Runtime{Type: containerType, Binary: program, Found: true}
 		}
 	}
 	return found
@@ -103,22 +105,27 @@ type Options struct {
 	LogLevel      string
 	Runtimes      map[string]Runtime
 	Default       string // handler for "", empty: the best one that works
-	Log           *slog.Logger
+	// Ready tells why a handler that works cannot be used now, as when the device
+	// that it needs is lost. It is asked again and again and may be nil.
+	Ready func(handler string) error
+	Log   *slog.Logger
 }
 
 // Client knows the handlers of the node and their shims.
 type Client struct {
 	o         Options
+	self      string // this program, which external shims are told of
 	container *resident
 	machine   *resident
-	handlers  map[string]*Handler
 	log       *slog.Logger
 
-	mu        sync.Mutex // guards def and externals
-	def       *Handler
+	mu        sync.Mutex // guards what follows
+	set       handlerSet
+	kept      map[string]*Handler  // of recovered pods, see Kept
 	externals map[string]*external // by sandbox id
 
 	probes sync.WaitGroup
+	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 }
 
@@ -127,33 +134,31 @@ type Handler struct {
 	Name    string
 	Runtime Runtime
 	client  *Client
+	trial   *trial
+	former  bool // what is known of it does for its end alone
+}
 
-	probed   chan struct{} // closed when features is final
+// trial is what a probe finds, for all handlers that differ in nothing that a
+// probe sees.
+type trial struct {
+	done     chan struct{} // closed when features is final
 	features Features
 }
 
 // New starts probing all handlers in the background; Close ends it. Running
 // shims are not touched by Close.
 func New(o Options) (*Client, error) {
-	c := &Client{o: o, log: o.Log, handlers: map[string]*Handler{}, externals: map[string]*external{}}
+	self, err := os.Executable()
+	if err != nil {
+		return nil, fmt.Errorf("find this program: %w", err)
+	}
+	c := &Client{o: o, self: self, log: o.Log, externals: map[string]*external{}, kept: map[string]*Handler{}}
 	c.container = newResident(filepath.Join(o.State, "container"), "container", o)
 	c.machine = newResident(filepath.Join(o.State, "vm"), "vm", o)
-	ctx, cancel := context.WithCancel(context.Background())
-	c.cancel = cancel
-	for name, r := range o.Runtimes {
-		if _, _, err := shimName(r.Type); err != nil && r.Path == "" {
-			cancel()
-			return nil, fmt.Errorf("handler %q: %w", name, err)
-		}
-		c.handlers[name] = &Handler{Name: name, Runtime: r, client: c, probed: make(chan struct{})}
-	}
-	if o.Default != "" && c.handlers[o.Default] == nil {
-		cancel()
-		return nil, fmt.Errorf("default_runtime_name %q: no such handler; configured are %s: %w",
-			o.Default, strings.Join(c.names(), ", "), errdefs.ErrInvalidArgument)
-	}
-	for _, h := range c.handlers {
-		c.probes.Go(func() { h.probe(ctx) })
+	c.ctx, c.cancel = context.WithCancel(context.Background())
+	if err := c.Reload(o.Runtimes, o.Default); err != nil {
+		c.cancel()
+		return nil, err
 	}
 	return c, nil
 }
@@ -171,48 +176,35 @@ func (c *Client) Close() {
 	}
 }
 
-func (c *Client) names() []string { return slices.Sorted(maps.Keys(c.handlers)) }
-
 // Handlers gives all handlers by name.
 func (c *Client) Handlers() []*Handler {
+	set := c.current()
 	var hs []*Handler
-	for _, n := range c.names() {
-		hs = append(hs, c.handlers[n])
+	for _, n := range set.names() {
+		hs = append(hs, set.byName[n])
 	}
 	return hs
 }
 
-// Lookup gives the handler called name without asking whether it works.
+// Lookup gives the handler called name, "" being the one that is configured as
+// the default, without asking whether it works.
 func (c *Client) Lookup(name string) (*Handler, error) {
-	h := c.handlers[name]
-	if h == nil {
-		return nil, fmt.Errorf("runtime handler %q is not configured; there are %s: %w",
-			name, strings.Join(c.names(), ", "), errdefs.ErrInvalidArgument)
-	}
-	return h, nil
+	return c.current().lookup(name)
 }
-
-// Former gives a handler that is not configured any more for what still runs
-// on it: that can be watched, stopped and removed, but nothing can be started.
-func (c *Client) Former(name string, r Runtime) *Handler {
-	if r.Type == "" {
-		r.Type = containerType
-	}
-	h := &Handler{Name: name, Runtime: r, client: c, probed: make(chan struct{}), features: Features{Reason: "not configured any more"}}
-	close(h.probed)
-	return h
-}
-
-// Configured tells whether the handler is one of the client's, or a former one.
-func (h *Handler) Configured() bool { return h.client.handlers[h.Name] == h }
 
 // Handler gives the handler called name ("" is the default one), once its
 // probe has found it working.
 func (c *Client) Handler(ctx context.Context, name string) (*Handler, error) {
+	set := c.current()
 	if name == "" {
-		return c.Default(ctx)
+		return c.best(ctx, set)
 	}
-	h, err := c.Lookup(name)
+	return set.working(ctx, name)
+}
+
+// working gives a handler once its probe has found it working.
+func (s handlerSet) working(ctx context.Context, name string) (*Handler, error) {
+	h, err := s.lookup(name)
 	if err != nil {
 		return nil, err
 	}
@@ -226,41 +218,25 @@ func (c *Client) Handler(ctx context.Context, name string) (*Handler, error) {
 	return h, nil
 }
 
-// preference orders the handlers that may become the default one: the faster
-// runtime first.
-var preference = [...]string{"crun", "runc"}
-
 // Default gives the handler for pods that name none.
-func (c *Client) Default(ctx context.Context) (*Handler, error) {
-	if c.o.Default != "" {
-		return c.Handler(ctx, c.o.Default)
+func (c *Client) Default(ctx context.Context) (*Handler, error) { return c.best(ctx, c.current()) }
+
+func (c *Client) best(ctx context.Context, set handlerSet) (*Handler, error) {
+	if set.def != "" {
+		return set.working(ctx, set.def)
 	}
-	c.mu.Lock()
-	def := c.def
-	c.mu.Unlock()
-	if def != nil {
-		return def, nil
+	if set.chosen != nil && (c.o.Ready == nil || c.o.Ready(set.chosen.Name) == nil) {
+		return set.chosen, nil
 	}
 	var reasons []string
-	order := slices.Clone(preference[:])
-	for _, n := range c.names() {
-		if !slices.Contains(order, n) && c.handlers[n].Runtime.Type == containerType {
-			order = append(order, n)
-		}
-	}
-	for _, n := range order {
-		h := c.handlers[n]
-		if h == nil {
-			continue
-		}
+	for _, n := range set.order() {
+		h := set.byName[n]
 		f, err := h.Features(ctx)
 		if err != nil {
 			return nil, err
 		}
 		if f.Works {
-			c.mu.Lock()
-			c.def = h
-			c.mu.Unlock()
+			c.choose(h)
 			return h, nil
 		}
 		reasons = append(reasons, n+": "+f.Reason)
@@ -269,11 +245,18 @@ func (c *Client) Default(ctx context.Context) (*Handler, error) {
 		strings.Join(reasons, "; "), errdefs.ErrFailedPrecondition)
 }
 
-// Features waits for the handler's probe and gives its result.
+// Features waits for the handler's probe and gives its result, as far as what
+// the handler needs is there.
 func (h *Handler) Features(ctx context.Context) (Features, error) {
 	select {
-	case <-h.probed:
-		return h.features, nil
+	case <-h.trial.done:
+		f := h.trial.features
+		if ready := h.client.o.Ready; f.Works && ready != nil {
+			if err := ready(h.Name); err != nil {
+				f.Works, f.Reason = false, err.Error()
+			}
+		}
+		return f, nil
 	case <-ctx.Done():
 		return Features{}, fmt.Errorf("wait for the probe of handler %q: %w", h.Name, ctx.Err())
 	}
@@ -285,16 +268,16 @@ func (h *Handler) External() bool { return !h.Runtime.resident() }
 
 // Supports gives the features of a handler that Client.Handler returned, whose
 // probe is therefore done.
-func (h *Handler) Supports() Features { return h.features }
+func (h *Handler) Supports() Features { return h.trial.features }
 
 func (h *Handler) probe(ctx context.Context) {
-	defer close(h.probed)
+	defer close(h.trial.done)
+	f := &h.trial.features
 	if !h.Runtime.resident() {
-		h.features = h.probeExternal(ctx)
+		*f = h.probeExternal(ctx)
 	} else {
-		h.features = h.probeRuntime(ctx, h.Runtime.Binary)
+		*f = h.probeRuntime(ctx, h.Runtime.Binary)
 	}
-	f := h.features
 	h.client.log.Info("handler probed", "handler", h.Name, "works", f.Works, "runtime", f.Path, "version", f.Version, "millis", f.Millis, "reason", f.Reason)
 }
 

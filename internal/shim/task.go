@@ -1,6 +1,7 @@
 package shim
 
 import (
+	"cmp"
 	"context"
 	"syscall"
 	"time"
@@ -76,7 +77,8 @@ func (t Task) Start(ctx context.Context, r TaskRequest) (pid uint32, err error) 
 	if rt.resident() {
 		create.Options, err = typeurl.MarshalAnyToProto(&hostv1.TaskOptions{
 			BinaryName: rt.Binary, Root: rt.Root, SystemdCgroup: rt.SystemdCgroup, NoNewKeyring: rt.NoNewKeyring,
-			Log: log, Stdin: r.Stdin, StdinOnce: r.StdinOnce, RunOnStart: true, IoUid: r.IOUid, IoGid: r.IOGid,
+			Log: log, Stdin: r.Stdin, StdinOnce: r.StdinOnce, RunOnStart: true,
+			IoUid: cmp.Or(rt.IOUid, r.IOUid), IoGid: cmp.Or(rt.IOGid, r.IOGid), NoPivotRoot: rt.NoPivotRoot, NoCgroup: rt.NoCgroup,
 			SandboxId: t.SandboxID, TargetTask: r.TargetTask})
 	} else {
 		err = t.prepareForeign(ctx, create, r, log)

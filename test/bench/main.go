@@ -12,6 +12,9 @@
 //	BENCH_LIST=1000       containers (created, not started) when lists are timed
 //	BENCH_MEMORY=40       pods with one running container each when memory is read
 //	BENCH_MACHINES=10     virtual machines, booted bare and as pods in turns; 0: none
+//	BENCH_PULLS=3         pulls of each of the large images, each into an empty store
+//	BENCH_ONLY=           "pull" measures nothing but these
+//	BENCH_STREAM=1024     MiB through a container's stdout
 //	BENCH_SUBJECTS=containerd,cloister,cloister-crun   or none
 //	CLOISTER_BIN=DIR      use these programs instead of building the checkout
 package main
@@ -24,6 +27,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -36,8 +40,9 @@ import (
 type settings struct {
 	Pods, Containers, Images int
 	Rounds, Parallel         int
-	List, Memory             int
-	Machines                 int
+	List, Memory, Pulls      int
+	Machines, Stream         int
+	Only                     string
 	Subjects                 []string
 }
 
@@ -55,7 +60,10 @@ func main() {
 }
 
 func fromEnvironment() (settings, error) {
-	s := settings{Subjects: []string{containerd, cloister, cloisterCrun}}
+	s := settings{Subjects: []string{containerd, cloister, cloisterCrun}, Only: os.Getenv("BENCH_ONLY")}
+	if s.Only != "" && s.Only != "pull" {
+		return s, fmt.Errorf("BENCH_ONLY=%s: only pull can be measured alone", s.Only)
+	}
 	for _, f := range []struct {
 		name string
 		into *int
@@ -64,6 +72,8 @@ func fromEnvironment() (settings, error) {
 		{"BENCH_PODS", &s.Pods, 50}, {"BENCH_CONTAINERS", &s.Containers, 50}, {"BENCH_IMAGES", &s.Images, 10},
 		{"BENCH_ROUNDS", &s.Rounds, 2}, {"BENCH_PARALLEL", &s.Parallel, 5},
 		{"BENCH_LIST", &s.List, 1000}, {"BENCH_MEMORY", &s.Memory, 40}, {"BENCH_MACHINES", &s.Machines, 10},
+		{"BENCH_STREAM", &s.Stream, 1024},
+		{"BENCH_PULLS", &s.Pulls, 3},
 	} {
 		*f.into = f.def
 		if v := os.Getenv(f.name); v != "" {
@@ -96,39 +106,34 @@ func run(ctx context.Context) (met bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	registry, err := testnode.StartRegistry(ctx, checkout, "-pause", p.pause)
-	if err != nil {
-		return false, err
-	}
-	defer func() { err = errors.Join(err, registry.Close()) }()
-
 	results := make(map[string]*result)
 	for _, s := range set.Subjects {
 		results[s] = newResult()
 	}
-	for round := range set.Rounds {
-		for _, s := range set.Subjects {
-			fmt.Fprintf(os.Stderr, "round %d of %d: %s\n", round+1, set.Rounds, s)
-			r := results[s]
-			if r.Failed != "" {
-				continue
-			}
-			if err := turn(ctx, p, registry.Hosts, s, set, round, r); err != nil {
-				if ctx.Err() != nil {
-					return false, err
-				}
-				r.Failed = err.Error()
-				fmt.Fprintf(os.Stderr, "%s: %v\n", s, err)
-			}
+	if set.Only == "" {
+		if err := rounds(ctx, checkout, "", set.Rounds, results, set.Subjects, func(hosts, s string, round int) error {
+			return turn(ctx, p, hosts, s, set, round, results[s])
+		}, "-pause", p.pause); err != nil {
+			return false, err
 		}
 	}
 	var vms *machines
-	if set.Machines > 0 {
-		fmt.Fprintln(os.Stderr, "virtual machines")
-		if vms, err = measureMachines(ctx, p, registry.Hosts, os.Getenv("BENCH_WORK"), set); err != nil {
-			return false, fmt.Errorf("virtual machines: %w", err)
+	if set.Machines > 0 && set.Only == "" {
+		if vms, err = bootMachines(ctx, checkout, p, set, results); err != nil {
+			return false, err
 		}
-		results[vmHandler] = vms.vm.result
+	}
+	// The OCI runtime takes no part in a pull: one of the two is enough.
+	trash, err := os.MkdirTemp("/tmp", "clt")
+	if err != nil {
+		return false, err
+	}
+	defer os.RemoveAll(trash)
+	subjects := slices.DeleteFunc(slices.Clone(set.Subjects), func(s string) bool { return s == cloisterCrun })
+	if err := rounds(ctx, checkout, "pulls, ", set.Pulls, results, subjects, func(hosts, s string, _ int) error {
+		return pulls(ctx, p, hosts, trash, s, results[s])
+	}, "-only", "bulk"); err != nil {
+		return false, err
 	}
 	if err := save(checkout, set, results); err != nil {
 		return false, err
@@ -149,6 +154,48 @@ func run(ctx context.Context) (met bool, err error) {
 		}
 	}
 	return met, nil
+}
+
+// bootMachines measures virtual machines, with a registry of their own.
+func bootMachines(ctx context.Context, checkout string, p programs, set settings, results map[string]*result) (vms *machines, err error) {
+	fmt.Fprintln(os.Stderr, "virtual machines")
+	registry, err := testnode.StartRegistry(ctx, checkout, "-pause", p.pause)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, registry.Close()) }()
+	if vms, err = measureMachines(ctx, p, registry.Hosts, os.Getenv("BENCH_WORK"), set); err != nil {
+		return nil, fmt.Errorf("virtual machines: %w", err)
+	}
+	results[vmHandler] = vms.vm.result
+	return vms, nil
+}
+
+// rounds gives each subject its turn, n times, with a registry of the images
+// that the arguments name. One that failed gets no further turn.
+func rounds(ctx context.Context, checkout, what string, n int, results map[string]*result, subjects []string,
+	turn func(hosts, subject string, round int) error, images ...string) (err error) {
+	registry, err := testnode.StartRegistry(ctx, checkout, images...)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, registry.Close()) }()
+	for round := range n {
+		for _, s := range subjects {
+			fmt.Fprintf(os.Stderr, "%sround %d of %d: %s\n", what, round+1, n, s)
+			if results[s].Failed != "" {
+				continue
+			}
+			if err := turn(registry.Hosts, s, round); err != nil {
+				if ctx.Err() != nil {
+					return err
+				}
+				results[s].Failed = err.Error()
+				fmt.Fprintf(os.Stderr, "%s: %v\n", s, err)
+			}
+		}
+	}
+	return nil
 }
 
 // turn measures one subject for one round in a daemon of its own.

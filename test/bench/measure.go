@@ -25,14 +25,16 @@ const settle = 100 * time.Millisecond
 type result struct {
 	Samples map[string][]time.Duration
 	// PSS of daemon and shims in bytes by number of pods.
-	PSS    map[int]int64
+	PSS map[int]int64
+	// Peak is the daemon's greatest resident size by pull, in bytes.
+	Peak   map[string]int64
 	Failed string `json:",omitempty"`
 
 	mu sync.Mutex
 }
 
 func newResult() *result {
-	return &result{Samples: make(map[string][]time.Duration), PSS: make(map[int]int64)}
+	return &result{Samples: make(map[string][]time.Duration), PSS: make(map[int]int64), Peak: make(map[string]int64)}
 }
 
 func (r *result) add(operation string, d time.Duration) {

@@ -6,17 +6,8 @@ package main
 
 import (
 	"bytes"
-	"cmp"
-	"encoding"
-	"encoding/json"
 	"fmt"
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"os"
-	"path/filepath"
-	"reflect"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -24,7 +15,7 @@ import (
 )
 
 func main() {
-	page, err := render("internal/config")
+	page, err := render()
 	if err == nil {
 		_, err = os.Stdout.Write(page)
 	}
@@ -40,16 +31,28 @@ const introduction = `# Configuration
 
 The daemon reads ` + "`" + config.DefaultPath + "`" + ` and then ` + "`conf.d/*.toml`" + ` beside it in the
 order of their names; neither has to exist. With ` + "`--config FILE`" + ` that file is
-read instead. A file may name others in ` + "`imports`" + `, which are read after it. Where
-several files set a key the last one wins; tables are merged, lists are replaced.
-` + "`--root`, `--state`, `--address` and `--log-level`" + ` win over all files.
+read instead, which may be containerd's. A file may name others in ` + "`imports`" + `, which
+are read after it. Where several files set a key the last one wins; tables are
+merged, lists are replaced. ` + "`--root`, `--state`, `--address` and `--log-level`" + ` win over
+all files.
 
-The form is that of containerd's version 3. A key that does not exist, or has the
-wrong type, is an error that names file and line; so is a key of containerd's that
-is not honoured yet.
+Files of containerd's versions 1, 2, 3 and 4 are read, and mean what they mean to
+containerd. The page describes version 4. A key that does not exist, or has the
+wrong type, is an error that names file, line and the key that was meant. A key
+that was dropped acts as before where that has a meaning, with a warning that says
+what replaces it; a key that has no effect here is a warning when it is set to
+anything but its default.
+
+| command | what it does |
+| --- | --- |
+| ` + "`cloister config validate [FILE...]`" + ` | checks files, exits with 1 if one would be refused |
+| ` + "`cloister config dump`" + ` | the effective values, and the file and line that each comes from |
+| ` + "`cloister config migrate FILE`" + ` | what a file sets in the newest form, with a comment at each change |
+| ` + "`cloister config explain KEY`" + ` | type, default and meaning of a key, of any version |
+| ` + "`cloister config default`" + ` | a file of all defaults |
 
 ` + "```toml" + `
-version = 3
+version = 4
 
 [cloister]
 network = "builtin"
@@ -62,197 +65,78 @@ runtime_type = "io.containerd.runc.v2"
 options = { BinaryName = "/usr/bin/crun" }
 ` + "```" + `
 
+## Changes while the daemon runs
+
+Keys marked **live** take effect when a file changes, and on SIGHUP (` + "`systemctl reload\ncloister`" + `). A pod keeps the version of its handler that it was started with,
+also for containers that are made in it later. Other keys take effect at the next
+start of the daemon; its log names those that were changed and wait for it.
+
+Replace a file as a whole (write another one, then rename it) if it is to change
+at once: what is half written for longer than a moment is read as it is.
+
+A file that is refused changes nothing: the daemon goes on with what it has, logs
+the error, and shows it in the condition ` + "`ConfigurationAccepted`" + ` of the CRI status
+(` + "`crictl info`" + `) until the file is right again. Deprecated keys are in the condition
+` + "`NoDeprecatedConfiguration`" + `; a CNI file that is not in force in ` + "`NetworkConfigurationAccepted`" + `.
 `
 
-// render makes the page from the package in dir.
-func render(dir string) ([]byte, error) {
-	docs, err := fieldDocs(dir)
+// render makes the page.
+func render() ([]byte, error) {
+	keys, err := config.Reference()
 	if err != nil {
 		return nil, err
 	}
-	d := config.Default()
-	w := &writer{docs: docs}
+	var w bytes.Buffer
 	w.WriteString(introduction)
-	w.topLevel(d)
-	const plugin = "plugins.\"io.containerd."
-	w.table(plugin+"cri.v1.images\"", reflect.ValueOf(d.Images))
-	w.table(plugin+"cri.v1.runtime\"", reflect.ValueOf(d.Runtime))
-	w.table(plugin+"grpc.v1.cri\"", reflect.ValueOf(d.Streaming))
-	w.table("cloister", reflect.ValueOf(d.Cloister))
-	return w.Bytes(), nil
-}
-
-// fieldDocs reads the comments of all structs: "Type.Field" → text.
-func fieldDocs(dir string) (map[string]string, error) {
-	files, err := filepath.Glob(filepath.Join(dir, "*.go"))
-	if err != nil {
-		return nil, err
-	}
-	docs, keys := map[string]string{}, map[string]string{}
-	for _, name := range files {
-		f, err := parser.ParseFile(token.NewFileSet(), name, nil, parser.ParseComments)
-		if err != nil {
-			return nil, err
-		}
-		ast.Inspect(f, func(n ast.Node) bool {
-			t, ok := n.(*ast.TypeSpec)
-			if !ok {
-				return true
-			}
-			s, ok := t.Type.(*ast.StructType)
-			if !ok {
-				return false
-			}
-			for _, field := range s.Fields.List {
-				for _, id := range field.Names {
-					docs[t.Name.Name+"."+id.Name] = sentence(id.Name, field.Doc.Text())
-					if key := keyOf(field); key != "" {
-						keys[t.Name.Name+"."+id.Name] = key
-					}
-				}
-			}
-			return false
-		})
-	}
-	for name, text := range docs {
-		own, _, _ := strings.Cut(name, ".")
-		docs[name] = camelCase.ReplaceAllStringFunc(text, func(word string) string {
-			if key := cmp.Or(keys[word], keys[own+"."+word]); key != "" {
-				return "`" + key + "`"
-			}
-			return word
-		})
-	}
-	return docs, nil
-}
-
-// camelCase finds what may be the Go name of a key, alone or with its type.
-var camelCase = regexp.MustCompile(`\b([A-Z][a-zA-Z]+\.)?[A-Z]+[a-z]+[A-Z][a-zA-Z]*\b|\b[A-Z][a-zA-Z]+\.[A-Z][a-zA-Z]+\b`)
-
-func keyOf(f *ast.Field) string {
-	if f.Tag == nil {
-		return ""
-	}
-	return reflect.StructTag(strings.Trim(f.Tag.Value, "`")).Get("toml")
-}
-
-// sentence drops the field's Go name from the beginning of its comment.
-func sentence(field, text string) string {
-	text = strings.Join(strings.Fields(text), " ")
-	text = strings.TrimPrefix(text, field+" ")
-	for _, verb := range []string{"is ", "are ", "that is ", "says "} {
-		text = strings.TrimPrefix(text, verb)
-	}
-	text = strings.ReplaceAll(text, "|", "\\|")
-	if text == "" {
-		return ""
-	}
-	return strings.ToUpper(text[:1]) + text[1:]
-}
-
-type writer struct {
-	bytes.Buffer
-	docs map[string]string
-}
-
-const heading = "| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
-
-func (w *writer) topLevel(d config.Config) {
-	w.WriteString("## Top level\n\n" + heading)
-	w.row("version", "integer", "", "Has to be 3")
-	w.row("root", "string", code(d.Root), w.docs["Config.Root"])
-	w.row("state", "string", code(d.State), w.docs["Config.State"])
-	w.row("imports", "list of strings", "", "Files that are read after this one; patterns are expanded, relative paths start at this file's folder")
-	w.WriteString("\n## [grpc]\n\n" + heading)
-	w.row("address", "string", code(d.Address), w.docs["Config.Address"]+" It is in the state folder unless it is set.")
-	w.WriteString("\n## [debug]\n\n" + heading)
-	w.row("level", "string", code(d.LogLevel), w.docs["Config.LogLevel"])
-	w.row("format", "string", code(d.LogFormat), w.docs["Config.LogFormat"])
-}
-
-// table writes the keys of a struct, and then the tables within it.
-func (w *writer) table(name string, v reflect.Value) {
-	fmt.Fprintf(w, "\n## [%s]\n\n%s", name, heading)
-	type inner struct {
-		name  string
-		value reflect.Value
-	}
-	var tables []inner
-	for i := range v.NumField() {
-		f, fv := v.Type().Field(i), v.Field(i)
-		key := f.Tag.Get("toml")
-		doc := w.docs[v.Type().Name()+"."+f.Name]
-		switch {
-		case isTable(f.Type):
-			tables = append(tables, inner{name + "." + key, fv})
-		case f.Type.Kind() == reflect.Map && f.Type.Elem().Kind() == reflect.Struct:
-			w.row(key, "tables by name", "", doc+" See below")
-			tables = append(tables, inner{name + "." + key + ".NAME", reflect.Zero(f.Type.Elem())})
-		default:
-			w.row(key, kind(f.Type), value(fv), doc)
+	var tables []string
+	for _, k := range keys {
+		if t := table(k); !slices.Contains(tables, t) {
+			tables = append(tables, t)
 		}
 	}
 	for _, t := range tables {
-		w.table(t.name, t.value)
-	}
-}
-
-func isTable(t reflect.Type) bool {
-	return t.Kind() == reflect.Struct && !reflect.PointerTo(t).Implements(reflect.TypeFor[encoding.TextUnmarshaler]())
-}
-
-func (w *writer) row(key, kind, def, meaning string) {
-	fmt.Fprintf(w, "| `%s` | %s | %s | %s |\n", key, kind, def, strings.TrimSuffix(meaning, "."))
-}
-
-func kind(t reflect.Type) string {
-	switch t.Kind() {
-	case reflect.Struct:
-		return "duration"
-	case reflect.Bool:
-		return "boolean"
-	case reflect.Int:
-		return "integer"
-	case reflect.Slice:
-		return "list of strings"
-	case reflect.Map:
-		return "table"
-	}
-	return "string"
-}
-
-// value writes a default as a file would.
-func value(v reflect.Value) string {
-	if m, ok := v.Interface().(encoding.TextMarshaler); ok {
-		b, err := m.MarshalText()
-		if err == nil {
-			return code(string(b))
+		fmt.Fprintf(&w, "\n## %s\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n", t)
+		for _, k := range keys {
+			if table(k) == t {
+				row(&w, k)
+			}
 		}
 	}
-	if v.Kind() == reflect.String {
-		return code(v.String())
+	w.WriteString("\n## Keys of older forms\n\nWhat has moved between versions is read without a word. These were dropped, and act where the last column does not say otherwise.\n\n" +
+		"| key | instead |\n| --- | --- |\n")
+	for _, d := range config.Dropped() {
+		fmt.Fprintf(&w, "| `%s` | %s |\n", d.Key, d.Instead)
 	}
-	if v.Kind() == reflect.Map && v.Len() == 0 || v.Kind() == reflect.Slice && v.Len() == 0 {
-		return ""
-	}
-	if v.Kind() == reflect.Map {
-		var pairs []string
-		for _, k := range v.MapKeys() {
-			pairs = append(pairs, fmt.Sprintf("%s = %q", k, v.MapIndex(k)))
-		}
-		slices.Sort(pairs)
-		return "`{ " + strings.Join(pairs, ", ") + " }`"
-	}
-	b, err := json.Marshal(v.Interface())
-	if err != nil {
-		return ""
-	}
-	return "`" + string(b) + "`"
+	return w.Bytes(), nil
 }
 
-func code(s string) string {
-	if s == "" {
-		return "`\"\"`"
+// table is the heading that a key stands under.
+func table(k config.Key) string {
+	if k.OptionsOf != "" {
+		return "Options of " + k.OptionsOf
 	}
-	return fmt.Sprintf("`%q`", s)
+	i := strings.LastIndex(k.Key, k.Path[len(k.Path)-1])
+	name := strings.Trim(k.Key[:i], `."`)
+	if strings.Count(name, `"`)%2 == 1 {
+		name += `"`
+	}
+	if name == "" {
+		return "Top level"
+	}
+	return "[" + name + "]"
+}
+
+func row(w *bytes.Buffer, k config.Key) {
+	def := ""
+	if k.Default != "" {
+		def = "`" + strings.ReplaceAll(k.Default, "|", `\|`) + "`"
+	}
+	meaning := strings.ReplaceAll(k.Meaning, "|", `\|`)
+	if k.Idle != "" {
+		meaning += ". *No effect: " + k.Idle + "*"
+	}
+	if k.Live {
+		meaning += ". **live**"
+	}
+	fmt.Fprintf(w, "| `%s` | %s | %s | %s |\n", k.Path[len(k.Path)-1], k.Type, def, meaning)
 }

@@ -7,7 +7,7 @@ import (
 )
 
 func TestPageIsCurrent(t *testing.T) {
-	want, err := render("../../internal/config")
+	want, err := render()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -21,7 +21,7 @@ func TestPageIsCurrent(t *testing.T) {
 }
 
 func TestEveryKeyHasAMeaning(t *testing.T) {
-	page, err := render("../../internal/config")
+	page, err := render()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -46,12 +46,15 @@ func rules() []rule {
 		{from: "internal/network", to: append(slices.Clone(upper), "internal/oci", "internal/shim", "internal/stream"), why: "the rooms beneath pod do not know each other"},
 		{from: "internal/oci", to: append(slices.Clone(upper), "internal/network", "internal/shim", "internal/stream"), why: "the rooms beneath pod do not know each other"},
 		{from: "internal/shim", to: append(slices.Clone(upper), "internal/network", "internal/oci", "internal/stream"), why: "the rooms beneath pod do not know each other"},
+		{from: "internal/nri", to: append(slices.Clone(upper), "internal/network", "internal/oci", "internal/shim", "internal/stream"), why: "the rooms beneath pod do not know each other"},
+		{from: "internal/telemetry", to: append(slices.Clone(upper), "internal/network", "internal/nri", "internal/oci", "internal/shim", "internal/stream"), why: "it is told names and durations"},
 		{from: "internal/stream", to: append(slices.Clone(upper), "internal/network", "internal/oci", "internal/shim"), why: "streaming serves whatever Runtime it is given"},
 		{from: "internal/host", to: append(slices.Clone(upper), "internal/shim", "internal/network", "internal/oci", "internal/stream"), why: "the sandbox host meets the daemon in the shim protocol alone"},
 		{from: "internal/cri", to: []string{"internal/network", "internal/oci", "internal/host"}, why: "CRI translates; what it needs of them it asks of pod"},
 		{from: "internal/client", to: []string{"internal/cri", "internal/pod", "internal/image", "internal/network", "internal/oci", "internal/shim", "internal/stream", "internal/host", "internal/config"}, why: "the command line speaks CRI over the socket, like any client"},
 		{from: "internal", except: []string{"internal/host", "internal/guest"}, to: []string{"internal/host"}, why: "the daemon meets the sandbox host in the shim protocol alone"},
 		{from: "internal", except: []string{"internal/config"}, to: []string{"internal/config"}, why: "configuration is handed down as plain structs"},
+		{from: "internal/tee", to: append(slices.Clone(upper), "internal/network", "internal/oci", "internal/shim", "internal/stream", "internal/client"), why: "the inventory of the machine knows nothing of pods"},
 		{from: "internal/osutil", to: []string{"internal", "api"}, why: "osutil is a leaf"},
 		{from: "api", to: []string{"internal"}, why: "api holds protocols and nothing else"},
 	}
@@ -62,6 +65,8 @@ var outside = []rule{
 	{from: "internal", except: []string{"internal/config"}, to: []string{"github.com/pelletier/go-toml", "github.com/BurntSushi/toml"}, why: "only cmd and config know TOML"},
 	{from: "internal", to: []string{"github.com/spf13/cobra"}, why: "only cmd knows the command line"},
 	{from: "internal/host", to: []string{"k8s.io/"}, why: "the sandbox host knows nothing of Kubernetes"},
+	{from: "internal", except: []string{"internal/tee/teec/native"}, to: []string{"github.com/ebitengine/purego"}, why: "a loaded library does what it likes to its process"},
+	{from: "cmd/cloister", to: []string{"cloister.dev/internal/tee/teec/native"}, why: "a loaded library does what it likes to its process"},
 	{from: "internal/client", to: []string{"github.com/containerd/containerd/v2"}, why: "the client needs CRI alone"},
 }
 

@@ -83,12 +83,7 @@ func TestRepeatedRunPodSandboxJoinsTheFirst(t *testing.T) {
 		t.Errorf("the network was asked %d times: %v", adds, s.calls())
 	}
 	for _, end := range []func(context.Context) error{n.Stop, n.Kill} {
-		if err := end(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		if err := n.Run(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		endWith(t, n, end)
 		if id, err := runSandbox(t.Context(), n, cfg, 10*time.Second); err != nil || id != first.id {
 			t.Errorf("after a restart the repeat got %s, %v, not %s", id, err, first.id)
 		}
@@ -167,12 +162,7 @@ func TestRepeatedCreateContainerJoinsTheFirst(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Kill(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Run(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	restart(t, n)
 	again, err := p.tryCreate(t.Context(), cfg)
 	if err != nil || again.id != c.id {
 		t.Errorf("after a restart the repeat got %v, %v", again, err)

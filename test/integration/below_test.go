@@ -84,9 +84,65 @@ func TestHangingNetworkPlugin(t *testing.T) {
 	check()
 }
 
-func TestFailingOCIRuntime(t *testing.T) {
+// A daemon that is told to end does not wait for plugins that hang; the next
+// one takes down what they were called for.
+func TestStopWhilePluginsHang(t *testing.T) {
 	s := newStage(t)
-	n := own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "stage": filepath.Join(s.dir, "oci")}, Default: "runc"})
+	n := gated(t, s)
+	check := noLeak(t, n)
+	s.mode("pass")
+	ready := runPod(t, n)
+	s.mode("hang")
+	cfg := podConfig(n, t)
+	lost := make(chan error, 2)
+	go func() {
+		_, err := runSandbox(t.Context(), n, cfg, time.Minute)
+		lost <- err
+	}()
+	go func() {
+		_, err := n.Runtime.StopPodSandbox(t.Context(), &cri.StopPodSandboxRequest{PodSandboxId: ready.id})
+		lost <- err
+	}()
+	eventually(t, 10*time.Second, "the plugin is called for both", func() bool { return s.called("ADD") > 1 && s.called("DEL") > 0 })
+	began := time.Now()
+	ctx, cancel := limit(t, 30*time.Second)
+	defer cancel()
+	if err := n.Stop(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(began); took > 7*time.Second {
+		t.Errorf("the daemon took %v to end", took)
+	}
+	for range cap(lost) {
+		if err := <-lost; err == nil {
+			t.Error("a plugin hangs, and the request succeeded")
+		}
+	}
+	s.mode("pass")
+	if err := n.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	ready.remove()
+	id, err := runSandbox(t.Context(), n, cfg, 30*time.Second)
+	if err != nil {
+		t.Fatal(err)
+	}
+	(&pod{t, n, id, cfg}).remove()
+	if found := fsck(t, n); found != "" {
+		t.Errorf("fsck finds %s", found)
+	}
+	check()
+}
+
+// staged is a node with a handler "stage", whose runtime is of a stage.
+func staged(t *testing.T) (stage, *testnode.Node) {
+	t.Helper()
+	s := newStage(t)
+	return s, own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "stage": filepath.Join(s.dir, "oci")}, Default: "runc"})
+}
+
+func TestFailingOCIRuntime(t *testing.T) {
+	s, n := staged(t)
 	witness(t, n)
 	p := runHandlerPod(t, n, "stage")
 	check := noLeak(t, n)
@@ -120,8 +176,7 @@ func TestFailingOCIRuntime(t *testing.T) {
 }
 
 func TestHangingOCIRuntime(t *testing.T) {
-	s := newStage(t)
-	n := own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "stage": filepath.Join(s.dir, "oci")}, Default: "runc"})
+	s, n := staged(t)
 	witness(t, n)
 	p := runHandlerPod(t, n, "stage")
 	t.Cleanup(func() { s.mode("pass") }) // or the pod's removal waits
@@ -288,7 +343,8 @@ func fill(t *testing.T, path string) {
 	}
 }
 
-// A log that cannot be written does not stop its container.
+// A log that cannot be written neither stops its container nor keeps its end
+// from being told.
 func TestFullLogDisk(t *testing.T) {
 	n := shared(t)
 	dir := t.TempDir()
@@ -301,8 +357,24 @@ func TestFullLogDisk(t *testing.T) {
 		}
 	})
 	p := runPod(t, n, func(c *cri.PodSandboxConfig) { c.LogDirectory = dir })
-	c := p.sh("i=0; while [ $i -lt 4000 ]; do echo 0123456789012345678901234567890123456789; i=$((i+1)); done; exit 6")
-	if st := c.ended(); st.ExitCode != 6 {
-		t.Errorf("exit code %d, not 6", st.ExitCode)
+	few := p.sh("sleep 0.5; echo the last words; exit 5")
+	fill(t, filepath.Join(dir, "filler"))
+	for _, c := range []struct {
+		name string
+		c    *container
+		exit int32
+		end  time.Duration // it writes more than the pipe to the log holds, and waits
+	}{
+		{"a few words", few, 5, 3 * time.Second},
+		{"many words", p.sh("i=0; while [ $i -lt 4000 ]; do echo 0123456789012345678901234567890123456789; i=$((i+1)); done; exit 6"), 6, 8 * time.Second},
+	} {
+		began := time.Now()
+		st := c.c.ended()
+		if st.ExitCode != c.exit {
+			t.Errorf("%s: exit code %d, not %d", c.name, st.ExitCode, c.exit)
+		}
+		if took := time.Since(began); took > c.end {
+			t.Errorf("%s: the end was told after %v", c.name, took)
+		}
 	}
 }

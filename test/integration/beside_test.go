@@ -17,7 +17,7 @@ func TestTwoDaemonsSideBySide(t *testing.T) {
 		c.Metadata = &cri.PodSandboxMetadata{Name: "same", Uid: "same", Namespace: "same"}
 	}
 	pa, pb := runPod(t, a, same), runPod(t, b, same)
-	ca, cb := pa.sh("sleep 1000"), pb.sh("sleep 1000")
+	ca, cb := pa.idle(), pb.idle()
 	for _, n := range []*testnode.Node{a, b} {
 		list, err := n.Runtime.ListContainers(t.Context(), &cri.ListContainersRequest{})
 		if err != nil || len(list.Containers) != 1 {

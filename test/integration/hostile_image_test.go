@@ -215,12 +215,7 @@ func TestContainerOutlivesItsImage(t *testing.T) {
 	if err := removeImage(n, ref); err != nil {
 		t.Fatal(err)
 	}
-	if err := n.Kill(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Run(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	restart(t, n)
 	c.start()
 	if got := c.run("cat /mark"); got != "here" {
 		t.Errorf("%q", got)
@@ -231,5 +226,58 @@ func TestContainerOutlivesItsImage(t *testing.T) {
 	time.Sleep(3 * time.Second) // garbage collection has run by then
 	if got := c.run("cat /mark"); got != "here" {
 		t.Errorf("after the garbage collection: %q", got)
+	}
+}
+
+// A VOLUME at a path that leads through a link to nowhere is a folder where
+// the link says, inside the container. One that leads over what confines the
+// container, or is no folder, is refused with a word on which it is.
+func TestVolumeThroughALinkToNowhere(t *testing.T) {
+	n := own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "crun": "crun"}, Default: "runc"})
+	climbing := strings.Repeat("../", 8)
+	image := func(volumes []string, files ...file) string {
+		ref := push(t, hostileImage(t, func(c *imageConfig) {
+			c.Volumes = map[string]struct{}{}
+			for _, v := range volumes {
+				c.Volumes[v] = struct{}{}
+			}
+		}, files...))
+		if _, err := pull(t.Context(), n, ref); err != nil {
+			t.Fatal(err)
+		}
+		return ref
+	}
+	good := image([]string{"/vol", "/in/data", "/up", "/dir/data"}, file{path: "/vol", link: "/no/where"}, file{path: "/in", link: "nowhere/at/all"},
+		file{path: "/up", link: climbing + "tmp/it-up"}, file{path: "/dir", link: climbing + "etc/it-dir"})
+	bad := map[string]string{
+		"loop":  image([]string{"/loop/data"}, file{path: "/loop", link: "/loop"}),
+		"proc":  image([]string{"/vol"}, file{path: "/vol", link: climbing + "proc"}),
+		"below": image([]string{"/vol/x"}, file{path: "/vol", link: "/proc/sys"}),
+		"root":  image([]string{"/vol"}, file{path: "/vol", link: "/.."}),
+		"file":  image([]string{"/vol"}, file{path: "/vol", data: []byte("x")}),
+		"under": image([]string{"/vol/x/y"}, file{path: "/vol", data: []byte("x")}),
+	}
+	for _, handler := range []string{"runc", "crun"} {
+		p := runHandlerPod(t, n, handler)
+		c := p.create(good, []string{"sleep", "1000"})
+		if err := c.tryStart(); err != nil {
+			t.Errorf("%s: %v", handler, err)
+			continue
+		}
+		got := c.run("for d in /vol /in/data /up /dir/data; do echo x >$d/file || exit; done; cat /no/where/file /nowhere/at/all/data/file /tmp/it-up/file /etc/it-dir/data/file; grep -c ' /no/where \\| /etc/it-dir/data ' /proc/mounts")
+		if want := "x\nx\nx\nx\n2"; got != want {
+			t.Errorf("%s: %q, not %q", handler, got, want)
+		}
+		for name, ref := range bad {
+			_, err := p.tryCreate(t.Context(), containerConfig(ref, []string{"true"}))
+			if wantError(t, err, codes.InvalidArgument, "volume"); t.Failed() {
+				t.Logf("%s: %s: %v", handler, name, err)
+			}
+		}
+	}
+	for _, path := range []string{"/no/where", "/nowhere", "/tmp/it-up", "/etc/it-dir"} {
+		if _, err := os.Lstat(path); err == nil {
+			t.Errorf("%s was made on the node", path)
+		}
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -27,7 +28,7 @@ func leftovers(t *testing.T, n *testnode.Node) map[string]int {
 		"volumes":      entries(filepath.Join(n.Root(), "volumes")),
 		"mounts":       mounts(t, n.Dir+"/"),
 		"cgroups":      cgroups(n),
-		"addresses":    files(filepath.Join(n.Dir, "ipam"), 3) + files(filepath.Join(n.Root(), "network"), 3),
+		"addresses":    addresses(filepath.Join(n.Dir, "ipam")) + addresses(filepath.Join(n.Root(), "network")),
 		"bridge ports": entries(filepath.Join("/sys/class/net", bridge(n), "brif")),
 		"processes":    len(n.Processes()),
 	}
@@ -116,14 +117,14 @@ func closeNode(n *testnode.Node) error {
 	return err
 }
 
-// files counts those whose names have so many dots.
-func files(dir string, dots int) int {
+// addresses counts the files that are named by one.
+func addresses(dir string) int {
 	count := 0
 	filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
-		if err == nil && d.Type().IsRegular() && strings.Count(d.Name(), ".") == dots {
+		if err == nil && d.Type().IsRegular() && net.ParseIP(d.Name()) != nil {
 			count++
 		}
-		return nil
+		return nil // they vanish while we walk
 	})
 	return count
 }

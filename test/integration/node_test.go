@@ -180,6 +180,12 @@ func (p *pod) sh(script string, opts ...containerOption) *container {
 	return c
 }
 
+// idle runs a container that does nothing, for scripts to run in.
+func (p *pod) idle(opts ...containerOption) *container {
+	p.t.Helper()
+	return p.sh("sleep 1000", opts...)
+}
+
 // demo runs the demo program.
 func (p *pod) demo(args ...string) *container {
 	p.t.Helper()
@@ -281,6 +287,33 @@ func (c *container) run(script string) string {
 		c.pod.t.Fatalf("exec %q ended with %d: %s%s", script, r.ExitCode, r.Stdout, r.Stderr)
 	}
 	return strings.TrimSpace(string(r.Stdout))
+}
+
+// says runs scripts and compares what each says.
+func (c *container) says(want map[string]string) {
+	c.pod.t.Helper()
+	for script, want := range want {
+		if got := c.run(script); got != want {
+			c.pod.t.Errorf("%s: %q, not %q", script, got, want)
+		}
+	}
+}
+
+// restart ends the daemon without warning and starts the next one.
+func restart(t *testing.T, n *testnode.Node) {
+	t.Helper()
+	endWith(t, n, n.Kill)
+}
+
+// endWith ends the daemon and starts the next one.
+func endWith(t *testing.T, n *testnode.Node, end func(context.Context) error) {
+	t.Helper()
+	if err := end(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Run(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // eventually asks every 10 ms, for things that send no event.

@@ -1,14 +1,10 @@
 package integration
 
 import (
-	"fmt"
-	"io"
-	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
@@ -26,23 +22,19 @@ func TestPodIdentity(t *testing.T) {
 		c.Annotations = map[string]string{"some/thing": "line\nline", "": "empty"}
 		c.Labels = map[string]string{"app": "x"}
 	})
-	c := p.sh("sleep 1000")
-	for script, want := range map[string]string{
+	c := p.idle()
+	c.says(map[string]string{
 		"hostname":             "some-host",
 		"cat /etc/hostname":    "some-host",
 		"cat /etc/resolv.conf": "search a.example b.example\nnameserver 10.9.8.7\nnameserver fd00::53\noptions ndots:5",
 		"cat /proc/sys/net/ipv4/ip_local_port_range": "20000\t30000",
 		"cat /proc/sys/kernel/shm_rmid_forced":       "1",
 		"echo $$ >/dev/shm/x; cat /proc/1/comm":      "sleep",
-	} {
-		if got := c.run(script); got != want {
-			t.Errorf("%s: %q, not %q", script, got, want)
-		}
-	}
+	})
 	if st := p.status(); st.Annotations["some/thing"] != "line\nline" || st.Labels["app"] != "x" {
 		t.Errorf("status %v", st)
 	}
-	d := p.sh("sleep 1000") // the pod's containers share IPC and network, not PIDs
+	d := p.idle() // the pod's containers share IPC and network, not PIDs
 	if d.run("test -e /dev/shm/x && echo shared") != "shared" || d.run("readlink /proc/self/ns/net") != c.run("readlink /proc/self/ns/net") ||
 		d.run("readlink /proc/self/ns/pid") == c.run("readlink /proc/self/ns/pid") {
 		t.Error("the pod's namespaces are not shared as they should be")
@@ -58,7 +50,7 @@ func TestNodeNamespaces(t *testing.T) {
 	p := runPod(t, n, func(c *cri.PodSandboxConfig) {
 		c.Linux.SecurityContext.NamespaceOptions = &cri.NamespaceOption{Network: cri.NamespaceMode_NODE, Pid: cri.NamespaceMode_NODE, Ipc: cri.NamespaceMode_NODE}
 	})
-	c := p.sh("sleep 1000", func(c *cri.ContainerConfig) {
+	c := p.idle(func(c *cri.ContainerConfig) {
 		c.Linux.SecurityContext.NamespaceOptions = &cri.NamespaceOption{Network: cri.NamespaceMode_NODE, Pid: cri.NamespaceMode_NODE, Ipc: cri.NamespaceMode_NODE}
 	})
 	for _, ns := range []string{"net", "pid", "ipc"} {
@@ -69,35 +61,6 @@ func TestNodeNamespaces(t *testing.T) {
 		if got := c.run("readlink /proc/self/ns/" + ns); got != own {
 			t.Errorf("%s namespace %s, the node's is %s", ns, got, own)
 		}
-	}
-}
-
-func TestHostPort(t *testing.T) {
-	for _, network := range []string{"cni", "builtin"} {
-		t.Run(network, func(t *testing.T) {
-			n := own(t, testnode.Options{Network: network})
-			check := noLeak(t, n)
-			port := int32(20000 + os.Getpid()%12000 + len(network))
-			p := runPod(t, n, func(c *cri.PodSandboxConfig) {
-				c.PortMappings = []*cri.PortMapping{{ContainerPort: 8080, HostPort: port, HostIp: "127.0.0.1"}}
-			})
-			p.demo("-http", ":8080", "-n", "1").waitLog("serving")
-			for _, address := range []string{fmt.Sprintf("127.0.0.1:%d", port), p.status().Network.Ip + ":8080"} {
-				client := http.Client{Timeout: 10 * time.Second, Transport: &http.Transport{DisableKeepAlives: true}}
-				resp, err := client.Get("http://" + address + "/healthz")
-				if err != nil {
-					t.Error(err)
-					continue
-				}
-				body, err := io.ReadAll(resp.Body)
-				resp.Body.Close()
-				if string(body) != "ok\n" {
-					t.Errorf("%s: %q %v", address, body, err)
-				}
-			}
-			p.remove()
-			check()
-		})
 	}
 }
 
@@ -120,7 +83,7 @@ func TestMounts(t *testing.T) {
 		}
 	})
 	p := runPod(t, n)
-	c := p.sh("sleep 1000", func(c *cri.ContainerConfig) {
+	c := p.idle(func(c *cri.ContainerConfig) {
 		c.Mounts = []*cri.Mount{
 			{ContainerPath: "/rw", HostPath: dir},
 			{ContainerPath: "/ro", HostPath: dir, Readonly: true},
@@ -128,17 +91,13 @@ func TestMounts(t *testing.T) {
 			{ContainerPath: "/one/file", HostPath: filepath.Join(dir, "file"), Readonly: true},
 		}
 	})
-	for script, want := range map[string]string{
+	c.says(map[string]string{
 		"cat /rw/file /one/file":                        "contentcontent",
 		"touch /rw/new && echo yes":                     "yes",
 		"touch /ro/new2 2>/dev/null || echo no":         "no",
 		"touch /ro/below/x && echo only recursive does": "only recursive does",
 		"touch /made/x && echo yes":                     "yes",
-	} {
-		if got := c.run(script); got != want {
-			t.Errorf("%s: %q, not %q", script, got, want)
-		}
-	}
+	})
 	if _, err := os.Stat(filepath.Join(dir, "made/here/x")); err != nil {
 		t.Error(err)
 	}
@@ -146,7 +105,7 @@ func TestMounts(t *testing.T) {
 		t.Log("the default handler has no recursive read-only mounts")
 		return
 	}
-	rro := p.sh("sleep 1000", func(c *cri.ContainerConfig) {
+	rro := p.idle(func(c *cri.ContainerConfig) {
 		c.Mounts = []*cri.Mount{{ContainerPath: "/ro", HostPath: dir, Readonly: true, RecursiveReadOnly: true}}
 	})
 	if got := rro.run("touch /ro/below/x 2>/dev/null || echo no"); got != "no" {
@@ -186,7 +145,7 @@ func TestMountPropagation(t *testing.T) {
 		cri.MountPropagation_PROPAGATION_HOST_TO_CONTAINER: true,
 		cri.MountPropagation_PROPAGATION_BIDIRECTIONAL:     true,
 	} {
-		c := p.sh("sleep 1000", func(c *cri.ContainerConfig) {
+		c := p.idle(func(c *cri.ContainerConfig) {
 			c.Linux.SecurityContext.Privileged = propagation == cri.MountPropagation_PROPAGATION_BIDIRECTIONAL
 			c.Mounts = []*cri.Mount{{ContainerPath: "/mnt", HostPath: dir, Propagation: propagation}}
 		})
@@ -222,10 +181,10 @@ func TestImageVolume(t *testing.T) {
 			c.Mounts = []*cri.Mount{{ContainerPath: "/volume", Image: &cri.ImageSpec{Image: ref}, ImageSubPath: sub, Readonly: true}}
 		}
 	}
-	if got := p.sh("sleep 1000", volume("")).run("cat /volume/models/small; touch /volume/x 2>/dev/null || echo no"); got != "weightsno" {
+	if got := p.idle(volume("")).run("cat /volume/models/small; touch /volume/x 2>/dev/null || echo no"); got != "weightsno" {
 		t.Errorf("whole image: %q", got)
 	}
-	if got := p.sh("sleep 1000", volume("models")).run("cat /volume/small"); got != "weights" {
+	if got := p.idle(volume("models")).run("cat /volume/small"); got != "weights" {
 		t.Errorf("sub path: %q", got)
 	}
 	for _, sub := range []string{"no/such", "../models", "/models/../../etc"} {
@@ -250,7 +209,7 @@ func TestUsers(t *testing.T) {
 	p := runPod(t, n)
 	id := func(f func(*cri.LinuxContainerSecurityContext)) string {
 		t.Helper()
-		c := p.sh("sleep 1000", func(c *cri.ContainerConfig) { f(c.Linux.SecurityContext) })
+		c := p.idle(func(c *cri.ContainerConfig) { f(c.Linux.SecurityContext) })
 		defer c.remove()
 		return c.run("echo $(id -u) $(id -g) $(id -G)")
 	}
@@ -276,44 +235,36 @@ func TestUsers(t *testing.T) {
 func TestSecurityContext(t *testing.T) {
 	n := shared(t)
 	p := runPod(t, n, func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.Privileged = true })
-	plain := p.sh("sleep 1000")
-	for script, want := range map[string]string{
+	plain := p.idle()
+	plain.says(map[string]string{
 		"cat /proc/kcore 2>/dev/null | head -c 1 | wc -c":              "0",
 		"ls /proc/acpi /sys/firmware 2>/dev/null | grep -v : | wc -w":  "0",
 		"touch /proc/sys/kernel/x 2>/dev/null || echo no":              "no",
 		"mount -t tmpfs x /mnt 2>/dev/null || echo no":                 "no",
 		"mknod /dev/x b 8 0 2>/dev/null; head -c1 /dev/x 2>&1 | wc -l": "1",
 		"ls /dev | grep -c '^\\(sd\\|vd\\|loop\\|kmsg\\|mem\\)'||true": "0",
-	} {
-		if got := plain.run(script); got != want {
-			t.Errorf("plain: %s: %q, not %q", script, got, want)
-		}
-	}
-	privileged := p.sh("sleep 1000", func(c *cri.ContainerConfig) { c.Linux.SecurityContext.Privileged = true })
+	})
+	privileged := p.idle(func(c *cri.ContainerConfig) { c.Linux.SecurityContext.Privileged = true })
 	if got := privileged.run("mkdir -p /m && mount -t tmpfs x /m && test -e /dev/kmsg && echo yes"); got != "yes" {
 		t.Errorf("privileged: %q", got)
 	}
-	readonly := p.sh("sleep 1000", func(c *cri.ContainerConfig) {
+	readonly := p.idle(func(c *cri.ContainerConfig) {
 		s := c.Linux.SecurityContext
 		s.ReadonlyRootfs, s.NoNewPrivs = true, true
 		s.Capabilities = &cri.Capability{DropCapabilities: []string{"ALL"}, AddCapabilities: []string{"NET_RAW"}}
 		c.Devices = []*cri.Device{{HostPath: "/dev/null", ContainerPath: "/dev/other", Permissions: "rw"}}
 	})
-	for script, want := range map[string]string{
+	readonly.says(map[string]string{
 		"touch /x 2>/dev/null || echo no":                                        "no",
 		"touch /dev/shm/x && echo yes":                                           "yes",
 		"grep -E '^(NoNewPrivs|CapEff|CapInh):' /proc/1/status | tr -d '\\t\\n'": "CapInh:0000000000000000CapEff:0000000000002000NoNewPrivs:1",
 		"echo x >/dev/other && echo yes":                                         "yes",
-	} {
-		if got := readonly.run(script); got != want {
-			t.Errorf("read-only: %s: %q, not %q", script, got, want)
-		}
-	}
+	})
 	profile := filepath.Join(t.TempDir(), "no-mkdir.json")
 	if err := os.WriteFile(profile, []byte(`{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO"}]}`), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	filtered := p.sh("sleep 1000", func(c *cri.ContainerConfig) {
+	filtered := p.idle(func(c *cri.ContainerConfig) {
 		c.Linux.SecurityContext.Seccomp = &cri.SecurityProfile{ProfileType: cri.SecurityProfile_Localhost, LocalhostRef: profile}
 	})
 	if got := filtered.run("mkdir /tmp/x 2>/dev/null || echo no"); got != "no" {
@@ -334,17 +285,13 @@ func TestUserNamespace(t *testing.T) {
 	p := runPod(t, n, func(c *cri.PodSandboxConfig) { c.Linux.SecurityContext.NamespaceOptions = options })
 	c := p.sh("echo hello; sleep 1000", func(c *cri.ContainerConfig) { c.Linux.SecurityContext.NamespaceOptions = options })
 	c.waitLog("hello")
-	for script, want := range map[string]string{
+	c.says(map[string]string{
 		"id -u":                               "0",
 		"cat /proc/self/uid_map | tr -s ' '":  "0 200000 65536",
 		"stat -c %u /etc/passwd /etc/hosts /": "0\n0\n0",
 		"touch /x && stat -c %u /x":           "0",
 		"touch /dev/shm/x && echo yes":        "yes",
-	} {
-		if got := c.run(script); got != want {
-			t.Errorf("%s: %q, not %q", script, got, want)
-		}
-	}
+	})
 	for name, bad := range map[string][]*cri.IDMapping{
 		"none":     nil,
 		"two":      {{HostId: 200000, Length: 10}, {HostId: 300000, ContainerId: 10, Length: 10}},

@@ -26,7 +26,7 @@ func setting(t *testing.T, c *container, controller string, names ...string) str
 
 func TestResourcesAreInTheCgroup(t *testing.T) {
 	p := runPod(t, shared(t))
-	c := p.sh("sleep 1000", func(c *cri.ContainerConfig) {
+	c := p.idle(func(c *cri.ContainerConfig) {
 		c.Linux.Resources = &cri.LinuxContainerResources{MemoryLimitInBytes: 64 << 20, CpuQuota: 20000, CpuPeriod: 100000, CpuShares: 512, CpusetCpus: "0", OomScoreAdj: 500}
 	})
 	want := func(memory, quota string) {
@@ -98,7 +98,7 @@ func TestStats(t *testing.T) {
 	n := own(t, testnode.Options{})
 	p := runPod(t, n)
 	busy := p.sh("x=$(head -c 8000000 /dev/zero | tr '\\0' x); head -c 3000000 /dev/zero >/file; echo ready; while :; do :; done")
-	idle := p.sh("sleep 1000")
+	idle := p.idle()
 	busy.waitLog("ready")
 	stats := func(c *container) *cri.ContainerStats {
 		t.Helper()

@@ -3,8 +3,6 @@ package integration
 import (
 	"context"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -127,12 +125,7 @@ func TestKillAtAnyMoment(t *testing.T) {
 	}
 	for range 20 {
 		time.Sleep(time.Duration(50+rand.IntN(250)) * time.Millisecond) // the moment is what varies
-		if err := n.Kill(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		if err := n.Run(t.Context()); err != nil {
-			t.Fatal(err)
-		}
+		restart(t, n)
 	}
 	close(done)
 	wg.Wait()
@@ -190,56 +183,10 @@ func removeNamed(t *testing.T, n *testnode.Node, namespace string) {
 	}
 }
 
-// Things that nobody owns are found, named and removed; what pods own stays.
-func TestFsckRepairsOrphans(t *testing.T) {
-	n := own(t, testnode.Options{})
-	witness(t, n)
-	p := runPod(t, n)
-	c := p.sh(trapping)
-	c.waitLog("ready")
-	if found := fsck(t, n); found != "" {
-		t.Fatalf("on a healthy node fsck finds %s", found)
-	}
-	id := strings.Repeat("0123456789abcdef", 4)
-	orphans := map[string]string{
-		"bundle":  filepath.Join(n.State(), "containers", id),
-		"netns":   filepath.Join(n.State(), "pods", id),
-		"volume":  filepath.Join(n.Root(), "volumes", id),
-		"network": filepath.Join(n.Dir, "ipam"),
-	}
-	for kind, dir := range orphans {
-		if kind == "network" {
-			continue
-		}
-		if err := os.MkdirAll(filepath.Join(dir, "x"), 0o700); err != nil {
-			t.Fatal(err)
-		}
-	}
-	found := fsck(t, n)
-	for kind, dir := range orphans {
-		if kind != "network" && (!strings.Contains(found, dir) || !strings.Contains(found, `"`+kind+`"`)) {
-			t.Errorf("fsck does not name the %s %s: %s", kind, dir, found)
-		}
-	}
-	fsck(t, n, "--repair")
-	if found := fsck(t, n); found != "" {
-		t.Errorf("after the repair fsck finds %s", found)
-	}
-	for kind, dir := range orphans {
-		if _, err := os.Stat(dir); kind != "network" && !os.IsNotExist(err) {
-			t.Errorf("the %s is still there: %v", kind, err)
-		}
-	}
-	if out := c.run("echo alive"); out != "alive" {
-		t.Errorf("exec after the repair says %q", out)
-	}
-}
-
 // The daemon dies while the runtime makes a container: afterwards the
 // container has either started or can be.
 func TestRestartDuringStartContainer(t *testing.T) {
-	s := newStage(t)
-	n := own(t, testnode.Options{Handlers: map[string]string{"runc": "runc", "stage": filepath.Join(s.dir, "oci")}, Default: "runc"})
+	s, n := staged(t)
 	witness(t, n)
 	check := noLeak(t, n)
 	p := runHandlerPod(t, n, "stage")

@@ -97,7 +97,7 @@ func play(role string) int {
 			return 1
 		}
 		switch m := string(mode); {
-		case m == "hold" && creating, m == "hold-del" && command == "DEL":
+		case m == "hang", m == "hold" && creating, m == "hold-del" && command == "DEL":
 			time.Sleep(5 * time.Millisecond)
 			continue
 		case m == "rubbish" && creating:

@@ -112,7 +112,7 @@ func TestStopEndsEveryProcess(t *testing.T) {
 			p := runPod(t, shared(t), func(c *cri.PodSandboxConfig) {
 				c.Linux.SecurityContext.NamespaceOptions.Pid = mode
 			})
-			beside := p.sh("sleep 1000", pid)
+			beside := p.idle(pid)
 			c := p.sh(`trap '' TERM; sh -c "trap '' TERM; while :; do sleep 987; done" & echo ready; while :; do sleep 0.1; done`, pid)
 			c.waitLog("ready")
 			own := cgroupOf(t, c, "pids")

@@ -93,7 +93,7 @@ func (o *output) wait(t *testing.T, text string) {
 func TestExecStreams(t *testing.T) { execStreams(t, runPod(t, shared(t))) }
 
 func execStreams(t *testing.T, p *pod) {
-	c := p.sh("sleep 1000")
+	c := p.idle()
 	for protocol := range executors {
 		t.Run(protocol, func(t *testing.T) {
 			var out, problems output
@@ -128,7 +128,7 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 func TestExecTerminalIsResized(t *testing.T) { execTerminalIsResized(t, runPod(t, shared(t))) }
 
 func execTerminalIsResized(t *testing.T, p *pod) {
-	c := p.sh("sleep 1000")
+	c := p.idle()
 	for protocol := range executors {
 		t.Run(protocol, func(t *testing.T) {
 			var out output
@@ -157,7 +157,7 @@ func execTerminalIsResized(t *testing.T, p *pod) {
 
 func TestExecSync(t *testing.T) {
 	p := runPod(t, shared(t))
-	c := p.sh("sleep 1000")
+	c := p.idle()
 	r, err := c.execSync(10, "sh", "-c", "echo out; echo err >&2; exit 9")
 	if err != nil || string(r.Stdout) != "out\n" || string(r.Stderr) != "err\n" || r.ExitCode != 9 {
 		t.Errorf("%v %v", r, err)
@@ -280,7 +280,8 @@ func stdinOnceEndsWithItsClient(t *testing.T, p *pod) {
 func TestAttachToATerminal(t *testing.T) { attachToATerminal(t, runPod(t, shared(t))) }
 
 func attachToATerminal(t *testing.T, p *pod) {
-	c := p.sh("while :; do read x; stty size; done", func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true })
+	c := p.sh("echo the beginning; while :; do read x; stty size; done", func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true })
+	c.waitLog("the beginning")
 	var out output
 	in, keys := io.Pipe()
 	size := make(sizes, 1)
@@ -296,6 +297,9 @@ func attachToATerminal(t *testing.T, p *pod) {
 		_, err := keys.Write([]byte("\r"))
 		return err == nil && strings.Contains(out.String(), "22 77")
 	})
+	if !strings.Contains(out.String(), "the beginning") {
+		t.Errorf("what was written before the client came is lost: %q", out.String())
+	}
 	cancel()
 	<-done
 	if st := c.status(); st.State != cri.ContainerState_CONTAINER_RUNNING {
@@ -306,9 +310,40 @@ func attachToATerminal(t *testing.T, p *pod) {
 func TestPortForward(t *testing.T) { portForward(t, runPod(t, shared(t))) }
 
 func portForward(t *testing.T, p *pod) {
-	n := p.n
 	p.demo("-http", ":8080", "-n", "1").waitLog("serving")
-	r, err := n.Runtime.PortForward(t.Context(), &cri.PortForwardRequest{PodSandboxId: p.id, Port: []int32{8080}})
+	port, end := p.forward(8080)
+	defer end()
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			if err := healthy(fmt.Sprintf("127.0.0.1:%d", port)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// healthy asks a demo program that serves HTTP at the address.
+func healthy(address string) error {
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
+	resp, err := client.Get("http://" + address + "/healthz")
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if body, err := io.ReadAll(resp.Body); err != nil || string(body) != "ok\n" {
+		return fmt.Errorf("%s answers %q, %w", address, body, err)
+	}
+	return nil
+}
+
+// forward serves a port of the pod on the node's loopback address until end,
+// which fails the test when there were problems.
+func (p *pod) forward(port int32) (local uint16, end func()) {
+	t := p.t
+	t.Helper()
+	r, err := p.n.Runtime.PortForward(t.Context(), &cri.PortForwardRequest{PodSandboxId: p.id, Port: []int32{port}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -322,7 +357,7 @@ func portForward(t *testing.T, p *pod) {
 	}
 	stop, ready := make(chan struct{}), make(chan struct{})
 	var problems output
-	f, err := portforward.New(spdy.NewDialer(upgrader, &http.Client{Transport: transport}, http.MethodPost, u), []string{"0:8080"}, stop, ready, io.Discard, &problems)
+	f, err := portforward.New(spdy.NewDialer(upgrader, &http.Client{Transport: transport}, http.MethodPost, u), []string{fmt.Sprintf("0:%d", port)}, stop, ready, io.Discard, &problems)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -337,27 +372,13 @@ func portForward(t *testing.T, p *pod) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	var wg sync.WaitGroup
-	for range 20 {
-		wg.Go(func() {
-			client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
-			resp, err := client.Get(fmt.Sprintf("http://127.0.0.1:%d/healthz", ports[0].Local))
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			defer resp.Body.Close()
-			if body, err := io.ReadAll(resp.Body); string(body) != "ok\n" {
-				t.Errorf("%q, %v", body, err)
-			}
-		})
-	}
-	wg.Wait()
-	close(stop)
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-	if s := problems.String(); s != "" {
-		t.Error(s)
+	return ports[0].Local, func() {
+		close(stop)
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		if s := problems.String(); s != "" {
+			t.Error(s)
+		}
 	}
 }

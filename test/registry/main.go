@@ -21,7 +21,7 @@ import (
 func main() {
 	addr := flag.String("addr", "127.0.0.1:0", "loopback `address` to serve on; port 0 picks a free one")
 	hosts := flag.String("hosts", "", "write _default/hosts.toml into this `folder`, pointing here")
-	only := flag.String("only", "", "serve one `set` of images: demo (the small static one, needs no Debian package)")
+	only := flag.String("only", "", "serve one `set` of images: demo (the small static one, needs no Debian package), bulk (those by which pulls are timed)")
 	cache := flag.String("cache", "", "`folder` for what was downloaded and compiled (default: cloister-test in the user's cache folder)")
 	pause := flag.String("pause", "", "static `program` to use as pause in place of our own")
 	list := flag.Bool("list", false, "print the references and image digests and exit")
@@ -44,10 +44,10 @@ func run(ctx context.Context, build *images.Builder, addr, hosts, only string, l
 	if ip := net.ParseIP(host); ip == nil || !ip.IsLoopback() {
 		return fmt.Errorf("-addr %s: only loopback addresses are served, there is no access control", addr)
 	}
-	sets := map[string]func(context.Context) (images.Set, error){"": build.All, "demo": build.Demo}
+	sets := map[string]func(context.Context) (images.Set, error){"": build.All, "demo": build.Demo, "bulk": build.Bulk}
 	make, ok := sets[only]
 	if !ok {
-		return fmt.Errorf("-only %s: the sets are: demo", only)
+		return fmt.Errorf("-only %s: the sets are: demo, bulk", only)
 	}
 	set, err := make(ctx)
 	if err != nil {

@@ -34,7 +34,7 @@ func Checkout() (string, error) {
 	return "", fmt.Errorf("%s is not inside a checkout of cloister.dev", dir)
 }
 
-// Build compiles the daemon and the shim of the checkout into dir. With
+// Build compiles the programs of the checkout into dir. With
 // CLOISTER_BIN in the environment it takes the programs from there instead.
 func Build(ctx context.Context, checkout, dir string) (bin string, err error) {
 	if bin := os.Getenv("CLOISTER_BIN"); bin != "" {
@@ -44,7 +44,7 @@ func Build(ctx context.Context, checkout, dir string) (bin string, err error) {
 		return "", err
 	}
 	env := []string{"CGO_ENABLED=0"}
-	if err := GoBuild(ctx, checkout, env, "-o", dir+"/", "./cmd/cloister"); err != nil {
+	if err := GoBuild(ctx, checkout, env, "-o", dir+"/", "./cmd/cloister", "./cmd/cloister-teec"); err != nil {
 		return "", err
 	}
 	// As the Makefile does: the resident shim must be small.

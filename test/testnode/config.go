@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync/atomic"
 	"text/template"
 )
@@ -16,6 +17,9 @@ import (
 var configuration = template.Must(template.New("config.toml").Parse(`version = 3
 root = "{{.Root}}"
 state = "{{.State}}"
+{{- if .Extra}}
+imports = ["extra.toml"]
+{{- end}}
 
 [grpc]
 address = "{{.Socket}}"
@@ -71,7 +75,7 @@ accel = "auto"
 {{- end}}
 {{end}}
 [plugins."io.containerd.grpc.v1.cri"]
-stream_server_address = "127.0.0.1"
+stream_server_address = "{{.Stream}}"
 stream_server_port = "0"
 {{if .Cloister}}
 [cloister]
@@ -79,14 +83,14 @@ network = "{{.Network}}"
 {{- if eq .Network "builtin"}}
 [cloister.builtin_network]
 bridge = "{{.Bridge}}"
-subnets = ["{{.Subnet}}"]
+subnets = [{{range $i, $s := .Subnets}}{{if $i}}, {{end}}"{{$s}}"{{end}}]
 {{- end}}
 {{end -}}
 `))
 
 // configure writes config.toml and the CNI configuration.
 func (n *Node) configure() error {
-	subnet, err := freeSubnet()
+	subnets, err := n.subnets()
 	if err != nil {
 		return err
 	}
@@ -97,7 +101,7 @@ func (n *Node) configure() error {
 		}
 	}
 	if n.opts.Network == "cni" {
-		if err := os.WriteFile(filepath.Join(cniConf, "10-test.conflist"), n.conflist(subnet), 0o644); err != nil {
+		if err := os.WriteFile(filepath.Join(cniConf, "10-test.conflist"), n.conflist(subnets), 0o644); err != nil {
 			return err
 		}
 	}
@@ -126,24 +130,39 @@ func (n *Node) configure() error {
 	}
 	var buf bytes.Buffer
 	err = configuration.Execute(&buf, struct {
-		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Subnet, Guests string
+		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Stream, Guests string
+		Subnets, GuestOptions                                                                 []string
 		Handlers, Shims                                                                       map[string]string
-		GuestOptions                                                                          []string
-		Cloister                                                                              bool
+		Cloister, Extra                                                                       bool
 	}{
-		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, subnet, n.opts.Guests,
-		handlers, n.opts.Shims, n.opts.GuestOptions, n.opts.Runtime == Cloister,
+		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, n.streamAddress(), n.opts.Guests,
+		subnets, n.opts.GuestOptions, handlers, n.opts.Shims, n.opts.Runtime == Cloister, n.opts.Extra != "",
 	})
 	if err != nil {
 		return err
+	}
+	if n.opts.Extra != "" {
+		if err := os.WriteFile(filepath.Join(n.Dir, "extra.toml"), []byte(n.opts.Extra), 0o644); err != nil {
+			return err
+		}
 	}
 	return os.WriteFile(filepath.Join(n.Dir, "config.toml"), buf.Bytes(), 0o644)
 }
 
 // conflist is the network that kubelet users know: a bridge with addresses
 // from host-local, host ports, and the firewall's forward rules.
-func (n *Node) conflist(subnet string) []byte {
+func (n *Node) conflist(subnets []string) []byte {
 	type m map[string]any
+	var ranges [][]m
+	var routes []m
+	for _, s := range subnets {
+		ranges = append(ranges, []m{{"subnet": s}})
+		dst := "0.0.0.0/0"
+		if strings.Contains(s, ":") {
+			dst = "::/0"
+		}
+		routes = append(routes, m{"dst": dst})
+	}
 	b, err := json.MarshalIndent(m{
 		"cniVersion": "1.0.0",
 		"name":       n.bridge,
@@ -152,7 +171,7 @@ func (n *Node) conflist(subnet string) []byte {
 				"type": "bridge", "bridge": n.bridge, "isGateway": true, "ipMasq": true, "hairpinMode": true,
 				"ipam": m{
 					"type": "host-local", "dataDir": filepath.Join(n.Dir, "ipam"),
-					"ranges": [][]m{{{"subnet": subnet}}}, "routes": []m{{"dst": "0.0.0.0/0"}},
+					"ranges": ranges, "routes": routes,
 				},
 			},
 			{"type": "portmap", "capabilities": m{"portMappings": true}},
@@ -169,11 +188,30 @@ func (n *Node) conflist(subnet string) []byte {
 // a bridge is made with the first pod.
 var nodes atomic.Int32
 
-// freeSubnet finds a range that no interface of the machine lies in.
-func freeSubnet() (string, error) {
+// subnets gives the node a range of each of its families.
+func (n *Node) subnets() ([]string, error) {
+	four, i, err := freeSubnet()
+	if err != nil {
+		return nil, err
+	}
+	six := fmt.Sprintf("fd6e:6f64:65:%x::/64", i)
+	return map[Families][]string{IPv4: {four}, IPv6: {six}, DualStack: {four, six}}[n.opts.Families], nil
+}
+
+// streamAddress is where streams are served.
+func (n *Node) streamAddress() string {
+	if n.opts.Families == IPv4 {
+		return "127.0.0.1"
+	}
+	return "::1"
+}
+
+// freeSubnet finds a range that no interface of the machine lies in, and gives
+// its number too.
+func freeSubnet() (string, int, error) {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
-		return "", err
+		return "", 0, err
 	}
 	const ranges = 100 * 16 // 10.100.0.0/20 to 10.199.240.0/20
 	for range ranges {
@@ -186,8 +224,8 @@ func freeSubnet() (string, error) {
 			}
 		}
 		if !taken {
-			return subnet.String(), nil
+			return subnet.String(), i, nil
 		}
 	}
-	return "", fmt.Errorf("no free range in 10.100.0.0 to 10.199.255.255")
+	return "", 0, fmt.Errorf("no free range in 10.100.0.0 to 10.199.255.255")
 }

@@ -28,6 +28,17 @@ const (
 	Containerd = "containerd"
 )
 
+// Families are those of the addresses that pods get. With IPv6 streams are
+// served on ::1, too.
+type Families int
+
+// The families; pods of a node with both have their IPv4 address first.
+const (
+	IPv4 Families = iota
+	IPv6
+	DualStack
+)
+
 // Options describe a node. The zero value of a field means its default.
 type Options struct {
 	// Runtime is Cloister (the default) or Containerd.
@@ -38,6 +49,8 @@ type Options struct {
 	Hosts string
 	// Network is "cni" (the default) or, with Cloister, "builtin".
 	Network string
+	// Families of the pods' addresses, by default IPv4.
+	Families Families
 	// CNIBin is the folder with CNI plugins. Cloister needs none.
 	CNIBin string
 	// Handlers are OCI runtimes by handler name. Empty lets Cloister find what
@@ -53,8 +66,15 @@ type Options struct {
 	GuestOptions []string
 	// Default names the default handler; empty leaves the choice to Cloister.
 	Default string
+	// Trash is a folder on /tmp's file system into which Close moves the node's
+	// instead of deleting it. For minutes after many files were deleted ext4 makes
+	// new ones slowly, which would count against whoever is measured next.
+	Trash string
 	// LogLevel of the daemon, by default info.
 	LogLevel string
+	// Extra is a further configuration file, of version 3, which is laid over
+	// the node's own.
+	Extra string
 }
 
 // Node is a running daemon and all that belongs to it.
@@ -260,9 +280,12 @@ func (n *Node) Close() error {
 		n.log.Close()
 	}
 	errs = append(errs, n.sweep())
-	if os.Getenv("KEEP") != "" {
+	switch {
+	case os.Getenv("KEEP") != "":
 		fmt.Fprintln(os.Stderr, "kept", n.Dir)
-	} else {
+	case n.opts.Trash != "":
+		errs = append(errs, os.Rename(n.Dir, filepath.Join(n.opts.Trash, filepath.Base(n.Dir))))
+	default:
 		errs = append(errs, os.RemoveAll(n.Dir))
 	}
 	return errors.Join(errs...)

@@ -563,7 +563,10 @@ func (x *Layer) GetTotal() int64 {
 type FsckRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Remove what was found; otherwise only list it.
-	Repair        bool `protobuf:"varint,1,opt,name=repair,proto3" json:"repair,omitempty"`
+	Repair bool `protobuf:"varint,1,opt,name=repair,proto3" json:"repair,omitempty"`
+	// Read all images' content too, and compare it with its digests. It takes as
+	// long as the disk does. Repair fetches again what is damaged.
+	Content       bool `protobuf:"varint,2,opt,name=content,proto3" json:"content,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -601,6 +604,13 @@ func (*FsckRequest) Descriptor() ([]byte, []int) {
 func (x *FsckRequest) GetRepair() bool {
 	if x != nil {
 		return x.Repair
+	}
+	return false
+}
+
+func (x *FsckRequest) GetContent() bool {
+	if x != nil {
+		return x.Content
 	}
 	return false
 }
@@ -651,7 +661,7 @@ func (x *FsckResponse) GetFindings() []*Finding {
 
 type Finding struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`     // snapshot, netns, mount, network, cgroup, shim, bundle, record
+	Kind          string                 `protobuf:"bytes,1,opt,name=kind,proto3" json:"kind,omitempty"`     // blob, layer, snapshot, netns, mount, network, cgroup, shim, bundle, record
 	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`         // of the pod, container or snapshot that is not there
 	Path          string                 `protobuf:"bytes,3,opt,name=path,proto3" json:"path,omitempty"`     // where on the machine, if it has a path
 	Detail        string                 `protobuf:"bytes,4,opt,name=detail,proto3" json:"detail,omitempty"` // what is wrong, in a sentence
@@ -733,6 +743,172 @@ func (x *Finding) GetError() string {
 	return ""
 }
 
+type PruneImagesRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Only tell what would be removed.
+	DryRun bool `protobuf:"varint,1,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	// Spare images that were pulled later than so many seconds ago.
+	OlderThanSeconds int64 `protobuf:"varint,2,opt,name=older_than_seconds,json=olderThanSeconds,proto3" json:"older_than_seconds,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *PruneImagesRequest) Reset() {
+	*x = PruneImagesRequest{}
+	mi := &file_debug_v1_debug_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneImagesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneImagesRequest) ProtoMessage() {}
+
+func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_debug_v1_debug_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneImagesRequest.ProtoReflect.Descriptor instead.
+func (*PruneImagesRequest) Descriptor() ([]byte, []int) {
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *PruneImagesRequest) GetDryRun() bool {
+	if x != nil {
+		return x.DryRun
+	}
+	return false
+}
+
+func (x *PruneImagesRequest) GetOlderThanSeconds() int64 {
+	if x != nil {
+		return x.OlderThanSeconds
+	}
+	return 0
+}
+
+type PruneImagesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Images        []*PrunedImage         `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PruneImagesResponse) Reset() {
+	*x = PruneImagesResponse{}
+	mi := &file_debug_v1_debug_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PruneImagesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PruneImagesResponse) ProtoMessage() {}
+
+func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_debug_v1_debug_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PruneImagesResponse.ProtoReflect.Descriptor instead.
+func (*PruneImagesResponse) Descriptor() ([]byte, []int) {
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *PruneImagesResponse) GetImages() []*PrunedImage {
+	if x != nil {
+		return x.Images
+	}
+	return nil
+}
+
+type PrunedImage struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Names         []string               `protobuf:"bytes,2,rep,name=names,proto3" json:"names,omitempty"`
+	Size          uint64                 `protobuf:"varint,3,opt,name=size,proto3" json:"size,omitempty"`  // of its blobs; those that others share stay
+	Error         string                 `protobuf:"bytes,4,opt,name=error,proto3" json:"error,omitempty"` // why it could not be removed
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *PrunedImage) Reset() {
+	*x = PrunedImage{}
+	mi := &file_debug_v1_debug_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *PrunedImage) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*PrunedImage) ProtoMessage() {}
+
+func (x *PrunedImage) ProtoReflect() protoreflect.Message {
+	mi := &file_debug_v1_debug_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use PrunedImage.ProtoReflect.Descriptor instead.
+func (*PrunedImage) Descriptor() ([]byte, []int) {
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *PrunedImage) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *PrunedImage) GetNames() []string {
+	if x != nil {
+		return x.Names
+	}
+	return nil
+}
+
+func (x *PrunedImage) GetSize() uint64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *PrunedImage) GetError() string {
+	if x != nil {
+		return x.Error
+	}
+	return ""
+}
+
 var File_debug_v1_debug_proto protoreflect.FileDescriptor
 
 const file_debug_v1_debug_proto_rawDesc = "" +
@@ -778,9 +954,10 @@ const file_debug_v1_debug_proto_rawDesc = "" +
 	"\n" +
 	"DOWNLOADED\x10\x02\x12\r\n" +
 	"\tUNPACKING\x10\x03\x12\b\n" +
-	"\x04DONE\x10\x04\"%\n" +
+	"\x04DONE\x10\x04\"?\n" +
 	"\vFsckRequest\x12\x16\n" +
-	"\x06repair\x18\x01 \x01(\bR\x06repair\"F\n" +
+	"\x06repair\x18\x01 \x01(\bR\x06repair\x12\x18\n" +
+	"\acontent\x18\x02 \x01(\bR\acontent\"F\n" +
 	"\fFsckResponse\x126\n" +
 	"\bfindings\x18\x01 \x03(\v2\x1a.cloister.debug.v1.FindingR\bfindings\"\x8b\x01\n" +
 	"\aFinding\x12\x12\n" +
@@ -789,10 +966,21 @@ const file_debug_v1_debug_proto_rawDesc = "" +
 	"\x04path\x18\x03 \x01(\tR\x04path\x12\x16\n" +
 	"\x06detail\x18\x04 \x01(\tR\x06detail\x12\x1a\n" +
 	"\brepaired\x18\x05 \x01(\bR\brepaired\x12\x14\n" +
-	"\x05error\x18\x06 \x01(\tR\x05error2\xe9\x02\n" +
+	"\x05error\x18\x06 \x01(\tR\x05error\"[\n" +
+	"\x12PruneImagesRequest\x12\x17\n" +
+	"\adry_run\x18\x01 \x01(\bR\x06dryRun\x12,\n" +
+	"\x12older_than_seconds\x18\x02 \x01(\x03R\x10olderThanSeconds\"M\n" +
+	"\x13PruneImagesResponse\x126\n" +
+	"\x06images\x18\x01 \x03(\v2\x1e.cloister.debug.v1.PrunedImageR\x06images\"]\n" +
+	"\vPrunedImage\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05names\x18\x02 \x03(\tR\x05names\x12\x12\n" +
+	"\x04size\x18\x03 \x01(\x04R\x04size\x12\x14\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error2\xc7\x03\n" +
 	"\x05Debug\x12a\n" +
 	"\fPullProgress\x12&.cloister.debug.v1.PullProgressRequest\x1a'.cloister.debug.v1.PullProgressResponse0\x01\x12G\n" +
-	"\x04Fsck\x12\x1e.cloister.debug.v1.FsckRequest\x1a\x1f.cloister.debug.v1.FsckResponse\x12S\n" +
+	"\x04Fsck\x12\x1e.cloister.debug.v1.FsckRequest\x1a\x1f.cloister.debug.v1.FsckResponse\x12\\\n" +
+	"\vPruneImages\x12%.cloister.debug.v1.PruneImagesRequest\x1a&.cloister.debug.v1.PruneImagesResponse\x12S\n" +
 	"\bMachines\x12\".cloister.debug.v1.MachinesRequest\x1a#.cloister.debug.v1.MachinesResponse\x12_\n" +
 	"\fRunInMachine\x12&.cloister.debug.v1.RunInMachineRequest\x1a'.cloister.debug.v1.RunInMachineResponseB#Z!cloister.dev/api/debug/v1;debugv1b\x06proto3"
 
@@ -809,7 +997,7 @@ func file_debug_v1_debug_proto_rawDescGZIP() []byte {
 }
 
 var file_debug_v1_debug_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_debug_v1_debug_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_debug_v1_debug_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_debug_v1_debug_proto_goTypes = []any{
 	(Layer_State)(0),             // 0: cloister.debug.v1.Layer.State
 	(*MachinesRequest)(nil),      // 1: cloister.debug.v1.MachinesRequest
@@ -823,25 +1011,31 @@ var file_debug_v1_debug_proto_goTypes = []any{
 	(*FsckRequest)(nil),          // 9: cloister.debug.v1.FsckRequest
 	(*FsckResponse)(nil),         // 10: cloister.debug.v1.FsckResponse
 	(*Finding)(nil),              // 11: cloister.debug.v1.Finding
+	(*PruneImagesRequest)(nil),   // 12: cloister.debug.v1.PruneImagesRequest
+	(*PruneImagesResponse)(nil),  // 13: cloister.debug.v1.PruneImagesResponse
+	(*PrunedImage)(nil),          // 14: cloister.debug.v1.PrunedImage
 }
 var file_debug_v1_debug_proto_depIdxs = []int32{
 	3,  // 0: cloister.debug.v1.MachinesResponse.machines:type_name -> cloister.debug.v1.Machine
 	8,  // 1: cloister.debug.v1.PullProgressResponse.layers:type_name -> cloister.debug.v1.Layer
 	0,  // 2: cloister.debug.v1.Layer.state:type_name -> cloister.debug.v1.Layer.State
 	11, // 3: cloister.debug.v1.FsckResponse.findings:type_name -> cloister.debug.v1.Finding
-	6,  // 4: cloister.debug.v1.Debug.PullProgress:input_type -> cloister.debug.v1.PullProgressRequest
-	9,  // 5: cloister.debug.v1.Debug.Fsck:input_type -> cloister.debug.v1.FsckRequest
-	1,  // 6: cloister.debug.v1.Debug.Machines:input_type -> cloister.debug.v1.MachinesRequest
-	4,  // 7: cloister.debug.v1.Debug.RunInMachine:input_type -> cloister.debug.v1.RunInMachineRequest
-	7,  // 8: cloister.debug.v1.Debug.PullProgress:output_type -> cloister.debug.v1.PullProgressResponse
-	10, // 9: cloister.debug.v1.Debug.Fsck:output_type -> cloister.debug.v1.FsckResponse
-	2,  // 10: cloister.debug.v1.Debug.Machines:output_type -> cloister.debug.v1.MachinesResponse
-	5,  // 11: cloister.debug.v1.Debug.RunInMachine:output_type -> cloister.debug.v1.RunInMachineResponse
-	8,  // [8:12] is the sub-list for method output_type
-	4,  // [4:8] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	14, // 4: cloister.debug.v1.PruneImagesResponse.images:type_name -> cloister.debug.v1.PrunedImage
+	6,  // 5: cloister.debug.v1.Debug.PullProgress:input_type -> cloister.debug.v1.PullProgressRequest
+	9,  // 6: cloister.debug.v1.Debug.Fsck:input_type -> cloister.debug.v1.FsckRequest
+	12, // 7: cloister.debug.v1.Debug.PruneImages:input_type -> cloister.debug.v1.PruneImagesRequest
+	1,  // 8: cloister.debug.v1.Debug.Machines:input_type -> cloister.debug.v1.MachinesRequest
+	4,  // 9: cloister.debug.v1.Debug.RunInMachine:input_type -> cloister.debug.v1.RunInMachineRequest
+	7,  // 10: cloister.debug.v1.Debug.PullProgress:output_type -> cloister.debug.v1.PullProgressResponse
+	10, // 11: cloister.debug.v1.Debug.Fsck:output_type -> cloister.debug.v1.FsckResponse
+	13, // 12: cloister.debug.v1.Debug.PruneImages:output_type -> cloister.debug.v1.PruneImagesResponse
+	2,  // 13: cloister.debug.v1.Debug.Machines:output_type -> cloister.debug.v1.MachinesResponse
+	5,  // 14: cloister.debug.v1.Debug.RunInMachine:output_type -> cloister.debug.v1.RunInMachineResponse
+	10, // [10:15] is the sub-list for method output_type
+	5,  // [5:10] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_debug_v1_debug_proto_init() }
@@ -855,7 +1049,7 @@ func file_debug_v1_debug_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_debug_v1_debug_proto_rawDesc), len(file_debug_v1_debug_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   11,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -24,6 +24,7 @@ const _ = grpc.SupportPackageIsVersion9
 const (
 	Debug_PullProgress_FullMethodName = "/cloister.debug.v1.Debug/PullProgress"
 	Debug_Fsck_FullMethodName         = "/cloister.debug.v1.Debug/Fsck"
+	Debug_PruneImages_FullMethodName  = "/cloister.debug.v1.Debug/PruneImages"
 	Debug_Machines_FullMethodName     = "/cloister.debug.v1.Debug/Machines"
 	Debug_RunInMachine_FullMethodName = "/cloister.debug.v1.Debug/RunInMachine"
 )
@@ -40,6 +41,8 @@ type DebugClient interface {
 	// Fsck compares the store with what is on the machine and lists what has no
 	// owner. Nothing of a pod or container that the store knows is touched.
 	Fsck(ctx context.Context, in *FsckRequest, opts ...grpc.CallOption) (*FsckResponse, error)
+	// PruneImages removes images that no container uses and that are not pinned.
+	PruneImages(ctx context.Context, in *PruneImagesRequest, opts ...grpc.CallOption) (*PruneImagesResponse, error)
 	// Machines lists the virtual machines of pods.
 	Machines(ctx context.Context, in *MachinesRequest, opts ...grpc.CallOption) (*MachinesResponse, error)
 	// RunInMachine runs a program of a pod's guest, outside of its containers.
@@ -83,6 +86,16 @@ func (c *debugClient) Fsck(ctx context.Context, in *FsckRequest, opts ...grpc.Ca
 	return out, nil
 }
 
+func (c *debugClient) PruneImages(ctx context.Context, in *PruneImagesRequest, opts ...grpc.CallOption) (*PruneImagesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PruneImagesResponse)
+	err := c.cc.Invoke(ctx, Debug_PruneImages_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *debugClient) Machines(ctx context.Context, in *MachinesRequest, opts ...grpc.CallOption) (*MachinesResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(MachinesResponse)
@@ -115,6 +128,8 @@ type DebugServer interface {
 	// Fsck compares the store with what is on the machine and lists what has no
 	// owner. Nothing of a pod or container that the store knows is touched.
 	Fsck(context.Context, *FsckRequest) (*FsckResponse, error)
+	// PruneImages removes images that no container uses and that are not pinned.
+	PruneImages(context.Context, *PruneImagesRequest) (*PruneImagesResponse, error)
 	// Machines lists the virtual machines of pods.
 	Machines(context.Context, *MachinesRequest) (*MachinesResponse, error)
 	// RunInMachine runs a program of a pod's guest, outside of its containers.
@@ -134,6 +149,9 @@ func (UnimplementedDebugServer) PullProgress(*PullProgressRequest, grpc.ServerSt
 }
 func (UnimplementedDebugServer) Fsck(context.Context, *FsckRequest) (*FsckResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method Fsck not implemented")
+}
+func (UnimplementedDebugServer) PruneImages(context.Context, *PruneImagesRequest) (*PruneImagesResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method PruneImages not implemented")
 }
 func (UnimplementedDebugServer) Machines(context.Context, *MachinesRequest) (*MachinesResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method Machines not implemented")
@@ -191,6 +209,24 @@ func _Debug_Fsck_Handler(srv interface{}, ctx context.Context, dec func(interfac
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Debug_PruneImages_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(PruneImagesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DebugServer).PruneImages(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Debug_PruneImages_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DebugServer).PruneImages(ctx, req.(*PruneImagesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Debug_Machines_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(MachinesRequest)
 	if err := dec(in); err != nil {
@@ -237,6 +273,10 @@ var Debug_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Fsck",
 			Handler:    _Debug_Fsck_Handler,
+		},
+		{
+			MethodName: "PruneImages",
+			Handler:    _Debug_PruneImages_Handler,
 		},
 		{
 			MethodName: "Machines",

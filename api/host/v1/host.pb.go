@@ -810,13 +810,15 @@ type TaskOptions struct {
 	StdinOnce     bool                   `protobuf:"varint,7,opt,name=stdin_once,json=stdinOnce,proto3" json:"stdin_once,omitempty"` // the first client that closes its stdin closes the task's
 	// Nobody needs the state between create and start: Create only prepares and
 	// answers pid 0, Start runs the container with one call of the runtime.
-	RunOnStart bool   `protobuf:"varint,8,opt,name=run_on_start,json=runOnStart,proto3" json:"run_on_start,omitempty"`
-	IoUid      uint32 `protobuf:"varint,9,opt,name=io_uid,json=ioUid,proto3" json:"io_uid,omitempty"`
-	IoGid      uint32 `protobuf:"varint,10,opt,name=io_gid,json=ioGid,proto3" json:"io_gid,omitempty"`
-	SandboxId  string `protobuf:"bytes,11,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	RunOnStart  bool   `protobuf:"varint,8,opt,name=run_on_start,json=runOnStart,proto3" json:"run_on_start,omitempty"`
+	IoUid       uint32 `protobuf:"varint,9,opt,name=io_uid,json=ioUid,proto3" json:"io_uid,omitempty"`
+	IoGid       uint32 `protobuf:"varint,10,opt,name=io_gid,json=ioGid,proto3" json:"io_gid,omitempty"`
+	NoPivotRoot bool   `protobuf:"varint,11,opt,name=no_pivot_root,json=noPivotRoot,proto3" json:"no_pivot_root,omitempty"`
+	NoCgroup    bool   `protobuf:"varint,12,opt,name=no_cgroup,json=noCgroup,proto3" json:"no_cgroup,omitempty"` // where the runtime can do without
+	SandboxId   string `protobuf:"bytes,13,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
 	// The task joins the PID namespace of this one, where the path in the
 	// specification means nothing because the processes live in a machine.
-	TargetTask    string `protobuf:"bytes,12,opt,name=target_task,json=targetTask,proto3" json:"target_task,omitempty"`
+	TargetTask    string `protobuf:"bytes,14,opt,name=target_task,json=targetTask,proto3" json:"target_task,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -919,6 +921,20 @@ func (x *TaskOptions) GetIoGid() uint32 {
 		return x.IoGid
 	}
 	return 0
+}
+
+func (x *TaskOptions) GetNoPivotRoot() bool {
+	if x != nil {
+		return x.NoPivotRoot
+	}
+	return false
+}
+
+func (x *TaskOptions) GetNoCgroup() bool {
+	if x != nil {
+		return x.NoCgroup
+	}
+	return false
 }
 
 func (x *TaskOptions) GetSandboxId() string {
@@ -1709,7 +1725,7 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x03 \x01(\tR\x06stderr\" \n" +
 	"\x0eCloseIORequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xfd\x02\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xbe\x03\n" +
 	"\vTaskOptions\x12\x1f\n" +
 	"\vbinary_name\x18\x01 \x01(\tR\n" +
 	"binaryName\x12\x12\n" +
@@ -1724,10 +1740,12 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"runOnStart\x12\x15\n" +
 	"\x06io_uid\x18\t \x01(\rR\x05ioUid\x12\x15\n" +
 	"\x06io_gid\x18\n" +
-	" \x01(\rR\x05ioGid\x12\x1d\n" +
+	" \x01(\rR\x05ioGid\x12\"\n" +
+	"\rno_pivot_root\x18\v \x01(\bR\vnoPivotRoot\x12\x1b\n" +
+	"\tno_cgroup\x18\f \x01(\bR\bnoCgroup\x12\x1d\n" +
 	"\n" +
-	"sandbox_id\x18\v \x01(\tR\tsandboxId\x12\x1f\n" +
-	"\vtarget_task\x18\f \x01(\tR\n" +
+	"sandbox_id\x18\r \x01(\tR\tsandboxId\x12\x1f\n" +
+	"\vtarget_task\x18\x0e \x01(\tR\n" +
 	"targetTask\"\xfa\x03\n" +
 	"\x0eSandboxOptions\x12\x1b\n" +
 	"\tshare_pid\x18\x01 \x01(\bR\bsharePid\x12%\n" +

@@ -58,6 +58,8 @@ type ociRuntime struct {
 	learn       sync.Mutex // held while hybrid is found out
 	known       bool
 	hideUnified bool // see hybrid.go
+
+	sealed sealed
 }
 
 // defaultRuntimes are tried in this order when none is named.

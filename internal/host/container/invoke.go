@@ -25,11 +25,14 @@ type invocation struct {
 	streams host.Streams
 }
 
-// commandTime bounds an invocation whose caller set no earlier deadline.
+// commandTime bounds an invocation.
 const commandTime = 2 * time.Minute
 
-// command runs the runtime for a task.
+// command runs the runtime for a task. A caller that goes away does not cut
+// it off: a runtime that is killed midway leaves neither a container nor none.
 func (b *Backend) command(ctx context.Context, t *host.TaskSpec, i invocation) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandTime)
+	defer cancel()
 	r, err := b.runtime(t.Runtime.Binary)
 	if err != nil {
 		return err
@@ -81,8 +84,13 @@ func (b *Backend) execute(ctx context.Context, r *ociRuntime, o host.Runtime, di
 	if o.SystemdCgroup {
 		args = append(args, "--systemd-cgroup")
 	}
+	if o.NoCgroup && strings.HasPrefix(filepath.Base(r.path), "crun") { // the only one that has a word for it
+		args = append(args, "--cgroup-manager=disabled")
+	}
 	args = append(append(args, i.verb), i.args...)
-	exit, err := run(ctx, proc.Command{Path: r.path, Args: args, Env: os.Environ(), Dir: dir,
+	path, release := r.sealed.path(r.path)
+	defer release()
+	exit, err := run(ctx, proc.Command{Path: path, Args: args, Env: os.Environ(), Dir: dir,
 		Files: [3]*os.File{i.streams.Stdin, i.streams.Stdout, i.streams.Stderr}})
 	if err != nil {
 		return 0, "", fmt.Errorf("%s %s: %w", filepath.Base(r.path), i.verb, err)
@@ -133,6 +141,7 @@ func kind(said string) error {
 		{"permission denied", errdefs.ErrPermissionDenied},
 		{"no such file or directory", errdefs.ErrNotFound},
 		{"unsupported", errdefs.ErrFailedPrecondition},
+		{"memory limit", errdefs.ErrFailedPrecondition}, // too low to start with
 	} {
 		if strings.Contains(strings.ToLower(said), k.words) {
 			return k.err

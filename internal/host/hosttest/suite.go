@@ -35,6 +35,8 @@ func Suite(t *testing.T, runtime string) {
 	t.Run("SandboxUserNamespace", s.sub(testSandboxUserNamespace))
 	t.Run("BadInput", s.sub(testBadInput))
 	t.Run("Parallel", s.sub(testParallel))
+	t.Run("CallerDies", s.sub(testCallerDies))
+	t.Run("KillWhileItStarts", s.sub(testKillWhileItStarts))
 	t.Run("KillServer", s.sub(testKillServer))
 	t.Run("KillServerDuringStarts", s.sub(testKillServerDuringStarts))
 	t.Run("KillAll", s.sub(testKillAll))

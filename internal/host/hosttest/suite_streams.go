@@ -13,7 +13,6 @@ import (
 	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
-	runcopts "github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
@@ -180,10 +179,7 @@ func testExec(s *Shim) {
 	s.deleteExec("ex", "x4")
 
 	f = s.fifos("x5")
-	p := Container{}
-	p.Args = []string{"nothing"}
-	err := s.execArgs("ex", "x5", f, "/not/there")
-	if !errdefs.IsNotFound(err) {
+	if err := s.execArgs("ex", "x5", f, "/not/there"); !errdefs.IsNotFound(err) {
 		s.t.Errorf("exec of a missing program: %v", err)
 	}
 	s.deleteExec("ex", "x5")
@@ -245,6 +241,10 @@ func testTerminal(s *Shim) {
 	f := s.fifos("tty")
 	defer f.close()
 	s.attach("tty", f)
+	f.expect(f.out, "size 0x0") // written before anybody could attach
+	late := s.fifos("tty-late")
+	defer late.close()
+	s.attach("tty", late)
 	if _, err := s.Task.ResizePty(s.ctx(), &taskapi.ResizePtyRequest{ID: "tty", Width: 77, Height: 22}); err != nil {
 		s.t.Error(err)
 	}
@@ -253,6 +253,9 @@ func testTerminal(s *Shim) {
 		s.t.Fatal(err)
 	}
 	f.expect(f.out, "got a line")
+	if got, err := late.read(late.out, func(b []byte) bool { return bytes.Contains(b, []byte("got a line")) }); err != nil || bytes.Contains(got, []byte("size 0x0")) {
+		s.t.Errorf("the second client got %q, %v", got, err)
+	}
 	s.KillServer()
 	f2 := s.fifos("tty2")
 	defer f2.close()
@@ -364,7 +367,10 @@ func testReopenLog(s *Shim) {
 	s.Run(Container{ID: "rot", Args: []string{"lines", "3000", "200", "0"}, Options: onStart})
 	var parts []string
 	for i := range 5 {
-		time.Sleep(50 * time.Millisecond) // let some lines come
+		s.await("some lines", func() bool {
+			st, err := os.Stat(s.LogPath("rot"))
+			return err == nil && st.Size() > 0
+		})
 		part := s.LogPath("rot") + "." + itoa(uint32(i))
 		if err := os.Rename(s.LogPath("rot"), part); err != nil {
 			s.t.Fatal(err)
@@ -388,105 +394,4 @@ func testReopenLog(s *Shim) {
 	}
 	s.CheckLines("rot", 3000)
 	s.Remove("rot")
-}
-
-// testStockRequest creates a task as containerd does.
-func testStockRequest(s *Shim) {
-	for _, terminal := range []bool{false, true} {
-		id := map[bool]string{false: "stock", true: "stock-tty"}[terminal]
-		f := s.fifos(id)
-		c := Container{ID: id, Args: []string{"cat"}, Terminal: terminal}
-		if terminal {
-			c.Args = []string{"tty"}
-		}
-		r := &taskapi.CreateTaskRequest{ID: id, Bundle: s.Bundle(&c), Terminal: terminal, Stdin: f.inPath, Stdout: f.outPath,
-			Options: pack(s.t, &runcopts.Options{BinaryName: s.Binary})}
-		if !terminal {
-			r.Stderr = f.errPath
-		}
-		cr, err := s.Task.Create(s.ctx(), r)
-		if err != nil {
-			s.t.Fatal(err)
-		}
-		st, err := s.Task.Start(s.ctx(), &taskapi.StartRequest{ID: id})
-		if err != nil || st.Pid != cr.Pid || st.Pid == 0 {
-			s.t.Fatalf("%v %v %v", cr, st, err)
-		}
-		if _, err := f.in.WriteString("quit\n"); err != nil {
-			s.t.Fatal(err)
-		}
-		if terminal {
-			if r := s.Wait(id); r.ExitStatus != 5 {
-				s.t.Errorf("%v", r)
-			}
-		} else {
-			f.in.Close()
-			if r := s.Wait(id); r.ExitStatus != 0 {
-				s.t.Errorf("%v", r)
-			}
-		}
-		f.expect(f.out, "quit")
-		s.Remove(id)
-		f.close()
-	}
-}
-
-// testOpenIO plays the shim of a task that somebody else runs.
-func testOpenIO(s *Shim) {
-	req := &hostv1.OpenIORequest{Id: "pump", Log: &hostv1.Log{Path: s.LogPath("pump"), MaxLineBytes: 16384}, Stdin: true}
-	r, err := s.Host.OpenIO(s.ctx(), req)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	if again, err := s.Host.OpenIO(s.ctx(), req); err != nil || again.Stdout != r.Stdout {
-		s.t.Errorf("repeated: %v %v", again, err)
-	}
-	write := func(path, text string) {
-		s.t.Helper()
-		w, err := os.OpenFile(path, os.O_WRONLY, 0)
-		if err == nil {
-			_, err = w.WriteString(text)
-			err = errors.Join(err, w.Close())
-		}
-		if err != nil {
-			s.t.Fatal(err)
-		}
-	}
-	write(r.Stdout, "one\n")
-	s.KillServer()
-	write(r.Stdout, "two\n") // closing a writing end does not end the pump
-	write(r.Stderr, "three")
-	f := s.fifos("pump")
-	defer f.close()
-	s.attach("pump", f)
-	in, err := os.OpenFile(r.Stdin, os.O_RDONLY, 0)
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	defer in.Close()
-	if _, err := f.in.WriteString("input"); err != nil {
-		s.t.Fatal(err)
-	}
-	buf := make([]byte, 5)
-	if _, err := io.ReadFull(in, buf); err != nil || string(buf) != "input" {
-		s.t.Errorf("stdin: %q %v", buf, err)
-	}
-	write(r.Stdout, "four\n")
-	f.expect(f.out, "four\n")
-	if _, err := s.Host.CloseIO(s.ctx(), &hostv1.CloseIORequest{Id: "pump"}); err != nil {
-		s.t.Fatal(err)
-	}
-	_, err = s.Host.CloseIO(s.ctx(), &hostv1.CloseIORequest{Id: "pump"})
-	if !errdefs.IsNotFound(errgrpc.ToNative(err)) {
-		s.t.Errorf("closed twice: %v", err)
-	}
-	want := map[Entry]bool{{"stdout", "F", "one"}: true, {"stdout", "F", "two"}: true, {"stdout", "F", "four"}: true, {"stderr", "P", "three"}: true}
-	l := s.ReadLog("pump")
-	for _, e := range l {
-		delete(want, e)
-	}
-	if len(l) != 4 || len(want) != 0 {
-		s.t.Errorf("log %v", l)
-	}
-	f.collect(f.out)
 }

@@ -14,8 +14,8 @@
 //
 // The container writes to a pipe: a FIFO that it holds open for reading too,
 // so that it never meets EPIPE while nobody reads. What is not in the log yet
-// is in that pipe, and only there; this package keeps no text in memory. One
-// step of a Stream is
+// is in that pipe, and only there; this package keeps no text in memory but
+// for clients. One step of a Stream is
 //
 //  1. tee(2) the pipe into a scratch pipe and read the copy;
 //  2. cut it into log entries; an unfinished last line stays in the pipe until
@@ -46,5 +46,6 @@
 // pipe of ours, the same way as above then leads to the log; that pipe and the
 // terminal have no name, so a second process must hold them (see Hold).
 //
-// Lock order: Log.mu is taken with no other lock held; Fanout.mu likewise.
+// Lock order: Log.mu is taken with no other lock held, Fanout.mu likewise;
+// sink.mu may be taken with Fanout.mu held.
 package stdio

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -11,12 +12,22 @@ import (
 // maxBacklog is how far a client may fall behind before it is cut off.
 const maxBacklog = 1 << 20
 
+const (
+	// earlyTime is for how long a terminal's output waits for the first client.
+	earlyTime = 10 * time.Second
+	// maxEarly bounds it; what is older than that is in the log alone.
+	maxEarly = 64 << 10
+)
+
 // Fanout copies a container's output to its attached clients. The zero value
 // has no client.
 type Fanout struct {
-	mu     sync.Mutex
+	mu     sync.Mutex // taken before a sink's
 	sinks  map[*sink]struct{}
 	closed bool
+	kept   string      // stream of which the beginning is kept, if any
+	early  []byte      // what was kept
+	expiry *time.Timer // ends the keeping
 }
 
 // sink is one output of one client.
@@ -35,12 +46,38 @@ type sink struct {
 // ErrEnded tells that the container's output has ended.
 var ErrEnded = errors.New("output has ended")
 
+// KeepEarly keeps a stream's output for a moment, for the first client: who
+// starts a program on a terminal can only attach to it afterwards, and wants
+// to see it from its beginning.
+func (f *Fanout) KeepEarly(stream string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.kept = stream
+	f.expiry = time.AfterFunc(earlyTime, func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.takeEarly(stream)
+	})
+}
+
+// takeEarly gives what was kept of a stream and ends the keeping; mu is held.
+func (f *Fanout) takeEarly(stream string) []byte {
+	if f.kept == "" || f.kept != stream {
+		return nil
+	}
+	f.expiry.Stop()
+	text := f.early
+	f.kept, f.early, f.expiry = "", nil, nil
+	return text
+}
+
 // Add copies a stream to file, a non-blocking writing end, from now on. It
 // owns file.
 func (f *Fanout) Add(stream string, file *os.File) error {
 	s := &sink{fan: f, stream: stream, file: file}
 	f.mu.Lock()
-	if f.closed {
+	early := f.takeEarly(stream)
+	if f.closed && early == nil {
 		f.mu.Unlock()
 		file.Close()
 		return ErrEnded
@@ -48,7 +85,12 @@ func (f *Fanout) Add(stream string, file *os.File) error {
 	if f.sinks == nil {
 		f.sinks = map[*sink]struct{}{}
 	}
-	f.sinks[s] = struct{}{}
+	s.write(early) // before mu is given up, and with it what comes next
+	if f.closed {
+		s.end()
+	} else {
+		f.sinks[s] = struct{}{}
+	}
 	f.mu.Unlock()
 	go s.watch()
 	return nil
@@ -57,6 +99,10 @@ func (f *Fanout) Add(stream string, file *os.File) error {
 // Write hands text of a stream to the clients; it never waits for one.
 func (f *Fanout) Write(stream string, text []byte) {
 	f.mu.Lock()
+	if f.kept == stream {
+		f.early = append(f.early, text...)
+		f.early = f.early[max(0, len(f.early)-maxEarly):]
+	}
 	if len(f.sinks) == 0 {
 		f.mu.Unlock()
 		return

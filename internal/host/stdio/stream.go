@@ -29,10 +29,13 @@ type Stream struct {
 	retryAt time.Time // when to try it again once output is thrown away
 	backoff time.Duration
 	stopped chan struct{}
+	nudged  chan struct{} // cuts a wait for the log short
+	serving []chan error  // flushers whose text is being carried
 
 	mu       sync.Mutex
 	stopping bool
-	flushers []chan struct{}
+	flushers []chan error
+	wanted   ending // by the flushers
 	done     chan struct{}
 }
 
@@ -46,10 +49,12 @@ const (
 
 const (
 	// logPatience is how long an unwritable log may hold a container up.
-	logPatience = 10 * time.Second
-	retryTime   = time.Second
-	minBackoff  = 50 * time.Millisecond
-	maxBackoff  = 2 * time.Second
+	logPatience = 3 * time.Second
+	// flushPatience is how long it may keep a container's end from being told.
+	flushPatience = time.Second
+	retryTime     = time.Second
+	minBackoff    = 50 * time.Millisecond
+	maxBackoff    = 2 * time.Second
 )
 
 // Start begins to carry. The stream ends when everybody closed the writing
@@ -57,6 +62,7 @@ const (
 func (s *Stream) Start() {
 	s.done = make(chan struct{})
 	s.stopped = make(chan struct{})
+	s.nudged = make(chan struct{}, 1)
 	if s.Log != nil && (s.Log.maxLine <= 0 || s.Log.maxLine > smallPipe/4) {
 		// Slots of a pipe can be half empty, and a whole line must fit.
 		_ = control(s.Pipe, func(fd int) error {
@@ -70,15 +76,29 @@ func (s *Stream) Start() {
 // Done is closed when the stream has ended and all of it is in the log.
 func (s *Stream) Done() <-chan struct{} { return s.done }
 
-// Flush waits until what the container had written before is in the log.
-func (s *Stream) Flush(ctx context.Context) error {
-	c := make(chan struct{})
+// Flush waits until what the container had written before is in the log. It
+// fails when the log cannot be written for a while; writing is tried on.
+func (s *Stream) Flush(ctx context.Context) error { return s.flush(ctx, more) }
+
+// FlushAll is Flush for a container that has ended: an unfinished line is
+// written too, although a process that is just being forked may hold the pipe
+// open and no hang-up be seen yet.
+func (s *Stream) FlushAll(ctx context.Context) error { return s.flush(ctx, last) }
+
+func (s *Stream) flush(ctx context.Context, end ending) error {
+	c := make(chan error, 1)
 	s.mu.Lock()
+	s.wanted = max(s.wanted, end)
 	s.flushers = append(s.flushers, c)
 	s.mu.Unlock()
+	select {
+	case s.nudged <- struct{}{}:
+	default:
+	}
 	s.wake()
 	select {
-	case <-c:
+	case err := <-c:
+		return err
 	case <-s.done:
 	case <-ctx.Done():
 		return fmt.Errorf("write the last of %s: %w", s.Name, ctx.Err())
@@ -139,10 +159,10 @@ func (s *Stream) wokenUp(rc syscall.RawConn) (outcome, error) {
 		return idle, err
 	}
 	s.mu.Lock()
-	flushers, stopping := s.flushers, s.stopping
-	s.flushers = nil
+	s.serving = append(s.serving, s.flushers...)
+	stopping, end := s.stopping, s.wanted
+	s.flushers, s.wanted = nil, more
 	s.mu.Unlock()
-	end := more
 	if stopping {
 		end = last
 	}
@@ -150,13 +170,19 @@ func (s *Stream) wokenUp(rc syscall.RawConn) (outcome, error) {
 	if err := rc.Control(func(fd uintptr) { o = s.carry(int(fd), end) }); err != nil {
 		return idle, err
 	}
-	for _, c := range flushers {
-		close(c)
-	}
+	s.served(nil)
 	if stopping {
 		return ended, nil
 	}
 	return o, nil
+}
+
+// served tells those who wait for a flush how it went.
+func (s *Stream) served(err error) {
+	for _, c := range s.serving {
+		c <- err
+	}
+	s.serving = nil
 }
 
 // carry works until nothing is left to do now.
@@ -322,6 +348,12 @@ func (s *Stream) hold(err error) {
 		s.failing = time.Now()
 		s.Slog.Error("log cannot be written, output waits", "stream", s.Name, "path", s.Log.path, "err", err)
 	}
+	if time.Since(s.failing) >= flushPatience {
+		s.mu.Lock()
+		s.serving, s.flushers = append(s.serving, s.flushers...), nil
+		s.mu.Unlock()
+		s.served(fmt.Errorf("write the last of %s: %w", s.Name, err))
+	}
 	s.backoff = min(max(2*s.backoff, minBackoff), maxBackoff)
 	if !s.sleep(s.backoff) { // told to stop: nobody may wait for a full disk
 		s.failing = time.Now().Add(-2 * logPatience)
@@ -333,6 +365,8 @@ func (s *Stream) sleep(d time.Duration) bool {
 	defer t.Stop()
 	select {
 	case <-t.C:
+		return true
+	case <-s.nudged:
 		return true
 	case <-s.stopped:
 		return false

@@ -3,6 +3,7 @@ package stdio
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"os"
@@ -258,6 +259,58 @@ func TestFullDisk(t *testing.T) {
 	}
 	r.stream.Stop()
 	r.want(want.String())
+}
+
+// The last line of a container that ended is flushed although it is not
+// finished and somebody still holds the pipe open.
+func TestFlushUnfinishedLine(t *testing.T) {
+	r := newRig(t, t.TempDir(), 100)
+	r.stream.Start()
+	r.write("whole\nhalf")
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if err := r.stream.FlushAll(ctx); err != nil {
+		t.Fatal(err)
+	}
+	r.want("F whole\nP half\n")
+}
+
+// A container's end is not kept back by a log that cannot be written, and what
+// it wrote last is there when there is room again soon.
+func TestFlushOnAFullDisk(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	disk := t.TempDir()
+	if err := unix.Mount("tmpfs", disk, "tmpfs", 0, "size=64k"); err != nil {
+		t.Skipf("no tmpfs: %v", err)
+	}
+	defer func() { _ = unix.Unmount(disk, unix.MNT_DETACH) }()
+	r := newRig(t, t.TempDir(), 100)
+	r.log.Close()
+	r.path = filepath.Join(disk, "log")
+	filler := filepath.Join(disk, "filler")
+	r.open(100)
+	r.stream.Start()
+	if err := os.WriteFile(filler, make([]byte, 128<<10), 0o600); !errors.Is(err, unix.ENOSPC) {
+		t.Fatalf("the disk does not get full: %v", err)
+	}
+	r.write("last words\n")
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	began := time.Now()
+	if err := r.stream.Flush(ctx); !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("got %v", err)
+	}
+	if took := time.Since(began); took > 2*time.Second {
+		t.Errorf("it took %v", took)
+	}
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	r.flush()
+	r.stream.Stop()
+	r.want("F last words\n")
 }
 
 // firstError is a log handler that tells of an error.

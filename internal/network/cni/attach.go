@@ -13,7 +13,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
@@ -23,14 +22,12 @@ import (
 
 	"cloister.dev/internal/network"
 	"cloister.dev/internal/network/link"
+	"cloister.dev/internal/osutil"
 )
 
 const (
 	// mainInterface is the pod's interface in the first network.
 	mainInterface = "eth0"
-	// undoTime bounds taking a failed attachment back; the caller's deadline
-	// may be what made it fail.
-	undoTime = 30 * time.Second
 	// resultVersion is that of Result.Raw.
 	resultVersion = "1.0.0"
 )
@@ -40,7 +37,7 @@ func (a *Attacher) Attach(ctx context.Context, r network.Request) (*network.Resu
 	if err := checkRequest(r); err != nil {
 		return nil, fmt.Errorf("attach sandbox %.80s: %w", r.ID, err)
 	}
-	networks, err := a.inForce()
+	networks, err := a.now.Load().folderOf(r.Handler).inForce()
 	if err != nil {
 		return nil, fmt.Errorf("attach sandbox %s: %w", r.ID, err)
 	}
@@ -66,7 +63,7 @@ func (a *Attacher) Attach(ctx context.Context, r network.Request) (*network.Resu
 		res, err = a.result(networks, results)
 	}
 	if err != nil {
-		undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTime)
+		undo, cancel := osutil.UndoContext(ctx)
 		defer cancel()
 		if e := a.delAll(undo, r, rec, networks); e != nil {
 			err = errors.Join(err, fmt.Errorf("undo: %w", e)) // a later Detach finishes
@@ -76,18 +73,26 @@ func (a *Attacher) Attach(ctx context.Context, r network.Request) (*network.Resu
 	return res, nil
 }
 
-// checkRequest keeps values out of CNI_ARGS and paths that would be read as
-// something else.
-func checkRequest(r network.Request) error {
+// checkID keeps ids out of paths and variables that would be read as something
+// else.
+func checkID(r network.Request) error {
 	if err := utils.ValidateContainerID(r.ID); err != nil || len(r.ID) > 200 {
 		return fmt.Errorf("sandbox id is not usable: %w", errdefs.ErrInvalidArgument)
 	}
+	return nil
+}
+
+// passable tells whether a value can stand in CNI_ARGS.
+func passable(value string) bool { return !strings.ContainsAny(value, ";=\x00\n") }
+
+// checkRequest keeps values out of CNI_ARGS that would be read as several.
+func checkRequest(r network.Request) error {
 	for _, v := range []string{r.Namespace, r.Name, r.UID} {
-		if strings.ContainsAny(v, ";=\x00\n") {
+		if !passable(v) {
 			return fmt.Errorf("%.80q cannot be passed to plugins: %w", v, errdefs.ErrInvalidArgument)
 		}
 	}
-	return nil
+	return checkID(r)
 }
 
 func (a *Attacher) loopback(path string) error {
@@ -107,14 +112,14 @@ func (a *Attacher) addAll(ctx context.Context, r network.Request, rec record, ne
 	results, errs := make([]types.Result, len(networks)), make([]error, len(networks))
 	add := func(i int) {
 		n := networks[i]
-		res, err := a.lib.AddNetworkList(ctx, n.list, runtimeConf(r.NetNS, rec, n))
+		res, err := a.now.Load().lib.AddNetworkList(ctx, n.list, runtimeConf(r.NetNS, rec, n))
 		if err != nil {
 			errs[i] = fmt.Errorf("cni network %s (%s): %w", n.list.Name, n.file, typed(err))
 			return
 		}
 		results[i] = res
 	}
-	if a.o.SetupSerially || len(networks) == 1 {
+	if a.now.Load().o.SetupSerially || len(networks) == 1 {
 		for i := range networks {
 			if add(i); errs[i] != nil {
 				return nil, errs[i]
@@ -149,14 +154,17 @@ func runtimeConf(netns string, rec record, n confNetwork) *libcni.RuntimeConf {
 	return &libcni.RuntimeConf{ContainerID: rec.ID, NetNS: netns, IfName: n.ifName, Args: rec.Args, CapabilityArgs: rec.Capabilities}
 }
 
+// argsOf are the arguments of conventional names. Those that cannot be passed
+// are left out: a sandbox that has such was never attached.
 func argsOf(r network.Request) [][2]string {
-	return [][2]string{
+	args := [][2]string{
 		{"IgnoreUnknown", "1"},
 		{"K8S_POD_NAMESPACE", r.Namespace},
 		{"K8S_POD_NAME", r.Name},
 		{"K8S_POD_INFRA_CONTAINER_ID", r.ID},
 		{"K8S_POD_UID", r.UID},
 	}
+	return slices.DeleteFunc(args, func(a [2]string) bool { return !passable(a[1]) })
 }
 
 // The shapes of capability arguments are those of CNI's conventions.
@@ -245,7 +253,7 @@ func (a *Attacher) result(networks []confNetwork, results []types.Result) (*netw
 	if len(res.IPs) == 0 {
 		return nil, fmt.Errorf("%s gave %s of the pod no address: its plugins lack ipam: %w", where, mainInterface, errdefs.ErrFailedPrecondition)
 	}
-	preferFamily(res.IPs, a.o.IPPref)
+	preferFamily(res.IPs, a.now.Load().o.IPPref)
 	res.DNS = network.DNS{Servers: cur.DNS.Nameservers, Searches: cur.DNS.Search, Options: cur.DNS.Options}
 	return res, nil
 }
@@ -265,7 +273,7 @@ func preferFamily(ips []netip.Addr, pref string) {
 
 // Detach implements network.Attacher.
 func (a *Attacher) Detach(ctx context.Context, r network.Request) error {
-	if err := checkRequest(r); err != nil {
+	if err := checkID(r); err != nil {
 		return fmt.Errorf("detach sandbox %.80s: %w", r.ID, err)
 	}
 	rec, networks, err := a.attachment(r)
@@ -290,7 +298,7 @@ func (a *Attacher) attachment(r network.Request) (record, []confNetwork, error) 
 		networks, err := stored.networks()
 		return *stored, networks, err
 	}
-	networks, err := a.inForce()
+	networks, err := a.now.Load().folderOf(r.Handler).inForce()
 	if err != nil {
 		a.log.Warn("detaching without a network configuration", "sandbox", r.ID, "err", err)
 		networks = nil
@@ -313,7 +321,7 @@ func (a *Attacher) delAll(ctx context.Context, r network.Request, rec record, ne
 		if i == 0 {
 			a.supplyCache(r, rec, n)
 		}
-		if err := a.lib.DelNetworkList(ctx, n.list, runtimeConf(netns, rec, n)); err != nil {
+		if err := a.now.Load().lib.DelNetworkList(ctx, n.list, runtimeConf(netns, rec, n)); err != nil {
 			errs = append(errs, fmt.Errorf("cni network %s (%s): %w", n.list.Name, n.file, typed(err)))
 		}
 	}
@@ -332,7 +340,7 @@ func (a *Attacher) supplyCache(r network.Request, rec record, n confNetwork) {
 	if len(r.Cached) == 0 || !json.Valid(r.Cached) {
 		return
 	}
-	path := filepath.Join(a.o.CacheDir, "results", n.list.Name+"-"+rec.ID+"-"+n.ifName)
+	path := filepath.Join(a.now.Load().o.CacheDir, "results", n.list.Name+"-"+rec.ID+"-"+n.ifName)
 	if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
 		return
 	}
@@ -358,7 +366,7 @@ func (a *Attacher) Check(ctx context.Context, r network.Request) error {
 		return fmt.Errorf("check sandbox %s: %w", r.ID, err)
 	}
 	for _, n := range networks {
-		if err := a.lib.CheckNetworkList(ctx, n.list, runtimeConf(r.NetNS, rec, n)); err != nil {
+		if err := a.now.Load().lib.CheckNetworkList(ctx, n.list, runtimeConf(r.NetNS, rec, n)); err != nil {
 			return fmt.Errorf("check sandbox %s: cni network %s (%s): %w", r.ID, n.list.Name, n.file, typed(err))
 		}
 	}

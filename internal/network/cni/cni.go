@@ -18,9 +18,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"path/filepath"
 	"slices"
-	"sync"
+	"sync/atomic"
 
 	"github.com/containerd/errdefs"
 	"github.com/containernetworking/cni/libcni"
@@ -36,7 +37,11 @@ type Options struct {
 	ConfDir string   // default /etc/cni/net.d
 	BinDirs []string // default /opt/cni/bin
 	// MaxConfNum is how many files of the folder are used, by name; 0: all.
-	MaxConfNum    int
+	MaxConfNum int
+	// Handlers have folders of their own in place of ConfDir, by the handler's name.
+	Handlers map[string]Folder
+	// ConfTemplate is a Go template of a file in ConfDir; see SetPodRanges.
+	ConfTemplate  string
 	SetupSerially bool
 	// IPPref is which address of the pod comes first: "ipv4" (or ""), "ipv6",
 	// or "cni" for the plugins' order.
@@ -48,20 +53,22 @@ type Options struct {
 
 // Attacher implements network.Attacher.
 type Attacher struct {
-	o       Options
 	log     *slog.Logger
 	node    *link.Node
 	rules   nat.Rules
-	lib     *libcni.CNIConfig
 	plugins *plugin.Set
 	records records
-	watch   *watcher
+	now     atomic.Pointer[setup]
+	ranges  podRanges
+}
 
-	mu       sync.Mutex
-	networks []confNetwork // replaced, never changed
-	loadErr  error
-
-	status statusCache
+// setup is what follows of Options. It never changes: Reconfigure makes a new
+// one, and who works with the old one ends with it.
+type setup struct {
+	o       Options
+	lib     *libcni.CNIConfig
+	main    *folder            // of handlers that have none of their own
+	folders map[string]*folder // by handler
 }
 
 var _ network.Attacher = (*Attacher)(nil)
@@ -72,7 +79,7 @@ func New(o Options) (_ *Attacher, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("cni: %w", err)
 	}
-	a := &Attacher{o: o, log: o.Log}
+	a := &Attacher{log: o.Log}
 	if a.records, err = openRecords(filepath.Join(o.StateDir, "attachments")); err != nil {
 		return nil, fmt.Errorf("cni: %w", err)
 	}
@@ -83,13 +90,80 @@ func New(o Options) (_ *Attacher, err error) {
 		return nil, fmt.Errorf("cni: %w", errors.Join(err, a.node.Close()))
 	}
 	a.plugins = plugin.New(a.node, a.rules, o.Log)
-	a.lib = libcni.NewCNIConfigWithCacheDir(o.BinDirs, o.CacheDir, &executor{plugins: a.plugins, path: o.BinDirs})
-	a.Reload()
-	if a.watch, err = watch(o.ConfDir, a.Reload); err != nil {
-		// Without it the folder is read when there is need.
-		a.log.Warn("changes of the cni config folder will not be noticed", "dir", o.ConfDir, "err", err)
-	}
+	a.now.Store(a.setUp(o, &setup{}))
 	return a, nil
+}
+
+// setUp makes what follows of the options. Folders that the old setup follows
+// already are taken over.
+func (a *Attacher) setUp(o Options, old *setup) *setup {
+	known := old.allFolders()
+	open := func(at Folder) *folder {
+		for _, f := range known {
+			if f.Folder == at {
+				return f
+			}
+		}
+		f := openFolder(at, a.log)
+		known = append(known, f)
+		return f
+	}
+	s := &setup{o: o, folders: map[string]*folder{}}
+	s.lib = libcni.NewCNIConfigWithCacheDir(o.BinDirs, o.CacheDir, &executor{plugins: a.plugins, path: o.BinDirs})
+	s.main = open(Folder{Dir: o.ConfDir, MaxConfNum: o.MaxConfNum})
+	for handler, f := range o.Handlers {
+		s.folders[handler] = open(f)
+	}
+	return s
+}
+
+// Reconfigure replaces the options but for the folders of state, which stay
+// what they were. Attached pods stay attached. On error nothing is changed.
+// The caller serialises calls.
+func (a *Attacher) Reconfigure(o Options) error {
+	old := a.now.Load()
+	o.CacheDir, o.StateDir, o.Log = old.o.CacheDir, old.o.StateDir, old.o.Log
+	o, err := complete(o)
+	if err != nil {
+		return fmt.Errorf("cni: %w", err)
+	}
+	next := a.setUp(o, old)
+	a.now.Store(next)
+	var errs []error
+	for _, f := range old.allFolders() {
+		if !slices.Contains(next.allFolders(), f) {
+			errs = append(errs, f.close())
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		a.log.Warn("stop following a cni config folder", "err", err)
+	}
+	if err := a.renderAgain(); err != nil {
+		a.log.Error("cni config not made of the template", "err", err)
+	}
+	return nil
+}
+
+// folderOf gives the folder with the networks of a handler.
+func (s *setup) folderOf(handler string) *folder {
+	if f := s.folders[handler]; f != nil {
+		return f
+	}
+	return s.main
+}
+
+// allFolders lists each folder once, the main one first.
+func (s *setup) allFolders() []*folder {
+	if s.main == nil {
+		return nil
+	}
+	all := []*folder{s.main}
+	for _, handler := range slices.Sorted(maps.Keys(s.folders)) {
+		if f := s.folders[handler]; !slices.Contains(all, f) {
+			all = append(all, f)
+		}
+	}
+	return all
 }
 
 func complete(o Options) (Options, error) {
@@ -108,8 +182,10 @@ func complete(o Options) (Options, error) {
 	if o.CacheDir == "" {
 		o.CacheDir = filepath.Join(o.StateDir, "cache")
 	}
-	if o.MaxConfNum < 0 {
-		return o, fmt.Errorf("max_conf_num %d is negative: %w", o.MaxConfNum, errdefs.ErrInvalidArgument)
+	for _, n := range append(slices.Collect(maps.Values(o.Handlers)), Folder{MaxConfNum: o.MaxConfNum}) {
+		if n.MaxConfNum < 0 {
+			return o, fmt.Errorf("max_conf_num %d is negative: %w", n.MaxConfNum, errdefs.ErrInvalidArgument)
+		}
 	}
 	switch o.IPPref {
 	case "", "ipv4", "ipv6", "cni":
@@ -125,61 +201,29 @@ func tableName(stateDir string) string {
 	return "cloister-cni-" + hex.EncodeToString(sum[:4])
 }
 
-// Reload reads the configuration folder. It is called by itself on changes.
+// Reload reads the configuration folders. It is called by itself on changes.
 func (a *Attacher) Reload() {
-	networks, err := loadFolder(a.o.ConfDir, a.o.MaxConfNum)
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.loadErr = err
-	if err != nil {
-		a.log.Error("cni config not loaded", "dir", a.o.ConfDir, "in_force", len(a.networks), "err", err)
-		return
+	for _, f := range a.now.Load().allFolders() {
+		f.reload()
 	}
-	if !slices.EqualFunc(networks, a.networks, func(x, y confNetwork) bool { return x.file == y.file && string(x.raw) == string(y.raw) }) {
-		var files []string
-		for _, n := range networks {
-			files = append(files, n.file)
-		}
-		a.log.Info("cni config loaded", "files", files)
-	}
-	a.networks = networks
-	a.status.forget()
 }
 
-// LoadError is why the newest state of the configuration folder is not in
+// LoadError is why the newest state of the configuration folders is not in
 // force, or nil.
 func (a *Attacher) LoadError() error {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.loadErr
-}
-
-// inForce returns the networks, reading the folder again while there are none.
-func (a *Attacher) inForce() ([]confNetwork, error) {
-	get := func() ([]confNetwork, error) {
-		a.mu.Lock()
-		defer a.mu.Unlock()
-		return a.networks, a.loadErr
+	var errs []error
+	for _, f := range a.now.Load().allFolders() {
+		_, err := f.get()
+		errs = append(errs, err)
 	}
-	networks, err := get()
-	if len(networks) == 0 {
-		a.Reload()
-		networks, err = get()
-	}
-	switch {
-	case len(networks) > 0:
-		return networks, nil
-	case err != nil:
-		return nil, fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
-	}
-	return nil, fmt.Errorf("cni config not found in %s: put a .conflist there or set network = \"builtin\": %w", a.o.ConfDir, errdefs.ErrUnavailable)
+	return errors.Join(errs...)
 }
 
 // Close implements network.Attacher.
 func (a *Attacher) Close() error {
 	var err error
-	if a.watch != nil {
-		err = a.watch.close()
+	for _, f := range a.now.Load().allFolders() {
+		err = errors.Join(err, f.close())
 	}
 	return errors.Join(err, a.node.Close(), a.rules.Close())
 }
@@ -188,13 +232,14 @@ func (a *Attacher) Close() error {
 // node; Detach only cuts them off.
 func (a *Attacher) Settle(ctx context.Context) error { return a.node.Settle(ctx) }
 
-// Networks lists the files in force, by name.
+// Networks lists the files in force, by name, those of handlers last.
 func (a *Attacher) Networks() []string {
-	a.mu.Lock()
-	defer a.mu.Unlock()
 	var out []string
-	for _, n := range a.networks {
-		out = append(out, n.file)
+	for _, f := range a.now.Load().allFolders() {
+		networks, _ := f.get()
+		for _, n := range networks {
+			out = append(out, n.file)
+		}
 	}
 	return out
 }

@@ -8,7 +8,6 @@ import (
 	"io/fs"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -107,20 +106,7 @@ func TestSuitePTP(t *testing.T) { networktest.Run(t, subject(ptpList, "0.3.1", "
 // TestSuiteEverything runs on a node that drops what it forwards.
 func TestSuiteEverything(t *testing.T) {
 	networktest.RequireNode(t)
-	for _, ipt := range []string{"iptables", "ip6tables"} {
-		if _, err := exec.LookPath(ipt); err != nil {
-			t.Skip("iptables is not installed, which is asked to drop:", err)
-		}
-		if out, err := exec.Command(ipt, "-P", "FORWARD", "DROP").CombinedOutput(); err != nil {
-			t.Fatalf("%s: %v: %s", ipt, err, out)
-		}
-		// br_netfilter may be on: pods of one bridge are forwarded, too.
-		t.Cleanup(func() {
-			if out, err := exec.Command(ipt, "-P", "FORWARD", "ACCEPT").CombinedOutput(); err != nil {
-				t.Errorf("%s: %v: %s", ipt, err, out)
-			}
-		})
-	}
+	networktest.DropForwarded(t)
 	networktest.Run(t, subject(everyList, "1.1.0", "cltest2"))
 }
 
@@ -400,6 +386,29 @@ func TestBadRequests(t *testing.T) {
 		change(&r)
 		if _, err := a.Attach(deadline(t), r); !errdefs.IsInvalidArgument(err) {
 			t.Errorf("%.40q %q %q: %v, want invalid argument", r.ID, r.Name, r.UID, err)
+		}
+	}
+}
+
+// What cannot be attached can still be detached, or its pod would stay for
+// ever.
+func TestNamesThatCannotBePassed(t *testing.T) {
+	networktest.RequireNode(t)
+	dir := t.TempDir()
+	write(t, filepath.Join(confDir(dir), "10.conflist"), fmt.Sprintf(bridgeList, dir, "1.0.0"), 0o644)
+	a := start(t, dir)
+	defer shut(t, a)
+	for _, bad := range []string{"a=b;c=d", "a\nb", "a\x00b"} {
+		for field, r := range map[string]network.Request{
+			"namespace": {ID: "n", Namespace: bad}, "name": {ID: "n", Name: bad}, "uid": {ID: "n", UID: bad},
+		} {
+			r.NetNS = networktest.NewNetNS(t).Path()
+			if _, err := a.Attach(deadline(t), r); !errdefs.IsInvalidArgument(err) {
+				t.Errorf("attach with %s %q: %v", field, bad, err)
+			}
+			if err := a.Detach(deadline(t), r); err != nil {
+				t.Errorf("detach with %s %q: %v", field, bad, err)
+			}
 		}
 	}
 }

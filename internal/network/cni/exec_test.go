@@ -216,7 +216,7 @@ exit 0`)
 		if c.file != "" {
 			write(t, filepath.Join(dir, c.file), "", 0o644)
 		}
-		a.status.forget()
+		a.now.Load().main.status.forget()
 		err := a.Ready()
 		if (err == nil) != c.ready {
 			t.Errorf("%q: ready: %v", c.file, err)
@@ -253,6 +253,7 @@ func FuzzResult(f *testing.F) {
 	f.Add([]byte(`{"cniVersion":"0.3.0","ips":[{"version":"4","address":"10.1.1.1/24"}]}`))
 	f.Add([]byte(`{"cniVersion":"1.0.0","ips":[{"address":"::/0","interface":-1,"gateway":""}],"interfaces":[null]}`))
 	a := &Attacher{}
+	a.now.Store(&setup{})
 	list, err := parseConf([]byte(programList), true)
 	if err != nil {
 		f.Fatal(err)

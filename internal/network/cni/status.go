@@ -37,25 +37,28 @@ func (c *statusCache) forget() {
 }
 
 // Ready implements network.Attacher: there is a configuration, its programs
-// are there, and those that can tell say that they are ready.
+// are there, and those that can tell say that they are ready. A handler's own
+// folder counts when a pod of that handler is attached.
 func (a *Attacher) Ready() error {
-	networks, err := a.inForce()
+	set := a.now.Load()
+	f := set.main
+	networks, err := f.inForce()
 	if err != nil {
 		return err
 	}
-	exec := &executor{plugins: a.plugins, path: a.o.BinDirs}
+	exec := &executor{plugins: a.plugins, path: set.o.BinDirs}
 	for _, typ := range pluginTypes(networks) {
-		if _, err := exec.FindInPath(typ, a.o.BinDirs); err != nil {
+		if _, err := exec.FindInPath(typ, set.o.BinDirs); err != nil {
 			return fmt.Errorf("cni: %w", err)
 		}
 	}
-	a.status.mu.Lock()
-	defer a.status.mu.Unlock()
-	if time.Since(a.status.when) > statusAge {
-		a.status.err = a.askStatus(networks)
-		a.status.when = time.Now()
+	f.status.mu.Lock()
+	defer f.status.mu.Unlock()
+	if time.Since(f.status.when) > statusAge {
+		f.status.err = a.askStatus(networks)
+		f.status.when = time.Now()
 	}
-	return a.status.err
+	return f.status.err
 }
 
 // askStatus runs STATUS, which version 1.1.0 of the specification brought.
@@ -63,7 +66,7 @@ func (a *Attacher) askStatus(networks []confNetwork) error {
 	ctx, cancel := context.WithTimeout(context.Background(), statusTime)
 	defer cancel()
 	for _, n := range networks {
-		err := a.lib.GetStatusNetworkList(ctx, n.list)
+		err := a.now.Load().lib.GetStatusNetworkList(ctx, n.list)
 		var e *types.Error
 		if errors.As(err, &e) && (e.Code == types.ErrInvalidEnvironmentVariables || e.Code == types.ErrIncompatibleCNIVersion) {
 			continue // the program is older than its configuration says
@@ -97,7 +100,7 @@ func (a *Attacher) Allocations(ctx context.Context) ([]string, error) {
 // force in host-local's files: also those of other runtimes, so it is for
 // reports and not for cleaning up.
 func (a *Attacher) AddressHolders() ([]string, error) {
-	networks, err := a.inForce()
+	networks, err := a.now.Load().allInForce()
 	if errdefs.IsUnavailable(err) {
 		return nil, nil
 	}
@@ -125,7 +128,7 @@ func (a *Attacher) AddressHolders() ([]string, error) {
 // GC has the plugins give back what belongs to none of the sandboxes. It must
 // not run while another runtime shares the networks.
 func (a *Attacher) GC(ctx context.Context, keep []string) error {
-	networks, err := a.inForce()
+	networks, err := a.now.Load().allInForce()
 	if err != nil {
 		return fmt.Errorf("collect network garbage: %w", err)
 	}
@@ -135,7 +138,7 @@ func (a *Attacher) GC(ctx context.Context, keep []string) error {
 		for _, id := range keep {
 			args.ValidAttachments = append(args.ValidAttachments, types.GCAttachment{ContainerID: id, IfName: n.ifName})
 		}
-		if err := a.lib.GCNetworkList(ctx, n.list, args); err != nil {
+		if err := a.now.Load().lib.GCNetworkList(ctx, n.list, args); err != nil {
 			errs = append(errs, fmt.Errorf("cni network %s (%s): %w", n.list.Name, n.file, err))
 		}
 	}

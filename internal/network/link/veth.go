@@ -143,11 +143,14 @@ func awaitUp(h *netlink.Handle, index int) {
 func (n *Node) newVeth(ns *NetNS, c VethConfig) error {
 	err := n.sendNewVeth(ns, c)
 	if errors.Is(err, unix.EEXIST) {
-		if old, lookErr := n.Exists(c.Host); lookErr == nil && old {
-			if delErr := n.RemoveNow(c.Host); delErr != nil {
-				return delErr
+		// When it is not there any more, the reaper was quicker.
+		if old, lookErr := n.Exists(c.Host); lookErr == nil {
+			if old {
+				err = n.RemoveNow(c.Host)
 			}
-			err = n.sendNewVeth(ns, c)
+			if !old || err == nil {
+				err = n.sendNewVeth(ns, c)
+			}
 		}
 	}
 	if errors.Is(err, unix.EEXIST) {

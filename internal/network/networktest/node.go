@@ -333,3 +333,22 @@ func TakeTrace(t testing.TB) Trace {
 	}
 	return tr
 }
+
+// DropForwarded has the node's packet filter drop what it forwards, until the
+// test ends. Where br_netfilter is on, pods of one bridge are forwarded, too.
+func DropForwarded(t testing.TB) {
+	t.Helper()
+	for _, ipt := range []string{"iptables", "ip6tables"} {
+		if _, err := exec.LookPath(ipt); err != nil {
+			t.Skip("iptables is not installed, which is asked to drop:", err)
+		}
+		if out, err := exec.Command(ipt, "-P", "FORWARD", "DROP").CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v: %s", ipt, err, out)
+		}
+		t.Cleanup(func() {
+			if out, err := exec.Command(ipt, "-P", "FORWARD", "ACCEPT").CombinedOutput(); err != nil {
+				t.Errorf("%s: %v: %s", ipt, err, out)
+			}
+		})
+	}
+}

@@ -12,7 +12,6 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
 	"cloister.dev/internal/network/link"
-	"cloister.dev/internal/osutil"
 )
 
 // bridge joins the container to a bridge of the node.
@@ -60,43 +59,14 @@ func (p bridge) conf(c Call) (bridgeConf, error) {
 	return conf, nil
 }
 
-func (p bridge) add(ctx context.Context, c Call) (_ types.Result, err error) {
+func (p bridge) add(ctx context.Context, c Call) (types.Result, error) {
 	conf, err := p.conf(c)
 	if err != nil {
 		return nil, err
 	}
-	ns, err := link.OpenNetNS(c.NetNS)
-	if err != nil {
-		return nil, err
-	}
-	defer ns.Close()
-	var undo osutil.Undo
-	defer undo.Run(ctx, &err)
-	res := &types100.Result{}
-	if conf.IPAM.Type != "" {
-		undo.Add("release addresses", func(ctx context.Context) error { return p.ipamDo(ctx, "DEL", conf.IPAM.Type, c) })
-		if res, err = p.ipamAdd(ctx, conf.IPAM.Type, c); err != nil {
-			return nil, err
-		}
-		if len(res.IPs) == 0 {
-			return nil, fmt.Errorf("address plugin %s gave no address", conf.IPAM.Type)
-		}
-	}
-	if err := p.connect(ctx, c, ns, &conf, res); err != nil {
-		return nil, err
-	}
-	undo.Add("remove interfaces", func(context.Context) error { return p.node.RemoveNow(link.HostName(c.ContainerID, c.IfName)) })
-	if conf.IPMasq {
-		undo.Add("remove masquerading", func(ctx context.Context) error { return p.rules.Remove(ctx, c.owner("masq")) })
-		if err := p.masquerade(ctx, c, res); err != nil {
-			return nil, err
-		}
-	}
-	if !conf.DNS.IsEmpty() {
-		res.DNS = conf.DNS
-	}
-	undo.Release()
-	return res, nil
+	return p.addPair(ctx, c, &conf.PluginConf, conf.IPMasq, func(ns *link.NetNS, res *types100.Result) error {
+		return p.connect(ctx, c, ns, &conf, res)
+	})
 }
 
 // connect makes the bridge and the pair, and completes the result.

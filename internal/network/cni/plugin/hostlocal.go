@@ -68,7 +68,8 @@ func (p hostLocal) add(ctx context.Context, c Call) (_ types.Result, err error) 
 	return res, nil
 }
 
-func (p hostLocal) del(ctx context.Context, c Call) error {
+// locked runs f on the call's network with its store locked.
+func (p hostLocal) locked(ctx context.Context, c Call, f func(conf *allocator.IPAMConfig, s *store) error) error {
 	conf, _, err := allocator.LoadIPAMConfig(c.Stdin, c.Args)
 	if err != nil {
 		return types.NewError(types.ErrInvalidNetworkConfig, "host-local", err.Error())
@@ -78,7 +79,14 @@ func (p hostLocal) del(ctx context.Context, c Call) error {
 		return err
 	}
 	defer store.Close()
-	return p.release(store, c)
+	if err := store.Lock(); err != nil {
+		return err
+	}
+	return errors.Join(f(conf, store), store.Unlock())
+}
+
+func (p hostLocal) del(ctx context.Context, c Call) error {
+	return p.locked(ctx, c, func(_ *allocator.IPAMConfig, s *store) error { return s.ReleaseByID(c.ContainerID, c.IfName) })
 }
 
 func (p hostLocal) release(store *store, c Call) error {
@@ -89,49 +97,25 @@ func (p hostLocal) release(store *store, c Call) error {
 }
 
 func (p hostLocal) check(ctx context.Context, c Call) error {
-	conf, _, err := allocator.LoadIPAMConfig(c.Stdin, c.Args)
-	if err != nil {
-		return types.NewError(types.ErrInvalidNetworkConfig, "host-local", err.Error())
-	}
-	store, err := p.stores.open(ctx, conf.DataDir, conf.Name)
-	if err != nil {
-		return err
-	}
-	defer store.Close()
-	if err := store.Lock(); err != nil {
-		return err
-	}
-	ips := store.GetByID(c.ContainerID, c.IfName)
-	if err := store.Unlock(); err != nil {
-		return err
-	}
-	if len(ips) == 0 {
-		return fmt.Errorf("host-local: network %s has no address for %s", conf.Name, c.ContainerID)
-	}
-	return nil
+	return p.locked(ctx, c, func(conf *allocator.IPAMConfig, s *store) error {
+		if len(s.GetByID(c.ContainerID, c.IfName)) == 0 {
+			return fmt.Errorf("host-local: network %s has no address for %s", conf.Name, c.ContainerID)
+		}
+		return nil
+	})
 }
 
 // gc gives back what belongs to no valid attachment.
 func (p hostLocal) gc(ctx context.Context, c Call, valid []types.GCAttachment) error {
-	conf, _, err := allocator.LoadIPAMConfig(c.Stdin, c.Args)
-	if err != nil {
-		return types.NewError(types.ErrInvalidNetworkConfig, "host-local", err.Error())
-	}
-	store, err := p.stores.open(ctx, conf.DataDir, conf.Name)
-	if err != nil {
-		return err
-	}
-	defer store.Close()
-	if err := store.Lock(); err != nil {
-		return err
-	}
-	var errs []error
-	for _, h := range store.holders() {
-		if !slices.Contains(valid, types.GCAttachment{ContainerID: h.id, IfName: h.ifName}) {
-			errs = append(errs, store.ReleaseByID(h.id, h.ifName))
+	return p.locked(ctx, c, func(_ *allocator.IPAMConfig, s *store) error {
+		var errs []error
+		for _, h := range s.holders() {
+			if !slices.Contains(valid, types.GCAttachment{ContainerID: h.id, IfName: h.ifName}) {
+				errs = append(errs, s.ReleaseByID(h.id, h.ifName))
+			}
 		}
-	}
-	return errors.Join(append(errs, store.Unlock())...)
+		return errors.Join(errs...)
+	})
 }
 
 // readResolvConf reads the DNS settings of a file in resolv.conf's form.

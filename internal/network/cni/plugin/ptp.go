@@ -10,7 +10,6 @@ import (
 	types100 "github.com/containernetworking/cni/pkg/types/100"
 
 	"cloister.dev/internal/network/link"
-	"cloister.dev/internal/osutil"
 )
 
 // ptp makes a pair without a bridge: the node routes to each container.
@@ -22,42 +21,17 @@ type ptpConf struct {
 	MTU    int  `json:"mtu"`
 }
 
-func (p ptp) add(ctx context.Context, c Call) (_ types.Result, err error) {
+func (p ptp) add(ctx context.Context, c Call) (types.Result, error) {
 	var conf ptpConf
 	if _, err := parse(c, &conf, &conf.PluginConf); err != nil {
 		return nil, err
 	}
-	ns, err := link.OpenNetNS(c.NetNS)
-	if err != nil {
-		return nil, err
+	if conf.IPAM.Type == "" {
+		return nil, types.NewError(types.ErrInvalidNetworkConfig, "ptp needs ipam", "")
 	}
-	defer ns.Close()
-	var undo osutil.Undo
-	defer undo.Run(ctx, &err)
-	undo.Add("release addresses", func(ctx context.Context) error { return p.ipamDo(ctx, "DEL", conf.IPAM.Type, c) })
-	res, err := p.ipamAdd(ctx, conf.IPAM.Type, c)
-	if err != nil {
-		return nil, err
-	}
-	if len(res.IPs) == 0 {
-		return nil, fmt.Errorf("address plugin %s gave no address", conf.IPAM.Type)
-	}
-	host := link.HostName(c.ContainerID, c.IfName)
-	if err := p.connect(ns, c, conf.MTU, host, res); err != nil {
-		return nil, err
-	}
-	undo.Add("remove interfaces", func(context.Context) error { return p.node.RemoveNow(host) })
-	if conf.IPMasq {
-		undo.Add("remove masquerading", func(ctx context.Context) error { return p.rules.Remove(ctx, c.owner("masq")) })
-		if err := p.masquerade(ctx, c, res); err != nil {
-			return nil, err
-		}
-	}
-	if !conf.DNS.IsEmpty() {
-		res.DNS = conf.DNS
-	}
-	undo.Release()
-	return res, nil
+	return p.addPair(ctx, c, &conf.PluginConf, conf.IPMasq, func(ns *link.NetNS, res *types100.Result) error {
+		return p.connect(ns, c, conf.MTU, link.HostName(c.ContainerID, c.IfName), res)
+	})
 }
 
 func (p ptp) connect(ns *link.NetNS, c Call, mtu int, host string, res *types100.Result) error {

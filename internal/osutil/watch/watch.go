@@ -1,4 +1,7 @@
-package cni
+// Package watch follows folders: it tells of changes of the files in one, also
+// when the folder itself appears, disappears or is replaced. It promises that a
+// change is told after it, and knows nothing of what the files are.
+package watch
 
 import (
 	"path/filepath"
@@ -11,21 +14,22 @@ import (
 // settleTime lets whoever writes files into the folder finish.
 const settleTime = 50 * time.Millisecond
 
-// watcher calls reload after changes in a folder, which may appear, disappear
-// and be replaced.
-type watcher struct {
-	dir    string
-	fs     *fsnotify.Watcher
-	reload func()
-	wg     sync.WaitGroup
+// Watcher follows one folder.
+type Watcher struct {
+	dir     string
+	fs      *fsnotify.Watcher
+	changed func()
+	wg      sync.WaitGroup
 }
 
-func watch(dir string, reload func()) (*watcher, error) {
+// Folder calls changed, on one goroutine, after changes in a folder, which may
+// be absent for now.
+func Folder(dir string, changed func()) (*Watcher, error) {
 	fs, err := fsnotify.NewWatcher()
 	if err != nil {
 		return nil, err
 	}
-	w := &watcher{dir: filepath.Clean(dir), fs: fs, reload: reload}
+	w := &Watcher{dir: filepath.Clean(dir), fs: fs, changed: changed}
 	w.follow()
 	w.wg.Go(w.run)
 	return w, nil
@@ -33,7 +37,7 @@ func watch(dir string, reload func()) (*watcher, error) {
 
 // follow watches the folder, and the nearest folder above it that is there,
 // where it would appear or be replaced.
-func (w *watcher) follow() {
+func (w *Watcher) follow() {
 	_ = w.fs.Add(w.dir) // absent is fine, and twice is
 	for up := filepath.Dir(w.dir); ; up = filepath.Dir(up) {
 		if w.fs.Add(up) == nil || up == filepath.Dir(up) {
@@ -42,7 +46,7 @@ func (w *watcher) follow() {
 	}
 }
 
-func (w *watcher) run() {
+func (w *Watcher) run() {
 	timer := time.NewTimer(0)
 	<-timer.C
 	for {
@@ -61,14 +65,14 @@ func (w *watcher) run() {
 			timer.Reset(settleTime) // events may be lost
 		case <-timer.C:
 			w.follow()
-			w.reload()
+			w.changed()
 		}
 	}
 }
 
 // concerns tells changes in the folder and on the way to it from those beside
 // it.
-func (w *watcher) concerns(name string) bool {
+func (w *Watcher) concerns(name string) bool {
 	name = filepath.Clean(name)
 	if filepath.Dir(name) == w.dir {
 		return true
@@ -81,7 +85,8 @@ func (w *watcher) concerns(name string) bool {
 	return false
 }
 
-func (w *watcher) close() error {
+// Close ends it, and waits for a call of changed that is under way.
+func (w *Watcher) Close() error {
 	err := w.fs.Close()
 	w.wg.Wait()
 	return err

@@ -1,0 +1,248 @@
+package image
+
+import (
+	"archive/tar"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+
+	"github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	continuityfs "github.com/containerd/continuity/fs"
+	"github.com/containerd/continuity/sysx"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
+)
+
+// Layers are unpacked at the same time, each without knowledge of those below
+// it. A layer that holds "srv/data/x" but names neither folder leaves open
+// what these look like: as in the layers below, where they exist there. That
+// is made good when the layer is committed, for then those below it are.
+
+// names remembers the folders of an archive.
+type names struct {
+	dirs    map[string]bool // named by an entry of their own
+	parents map[string]bool // of any entry
+}
+
+func newNames() *names {
+	return &names{dirs: make(map[string]bool), parents: make(map[string]bool)}
+}
+
+func (n *names) header(h *tar.Header) (bool, error) {
+	name := path.Clean("/" + h.Name)
+	if h.Typeflag == tar.TypeDir {
+		n.dirs[name] = true
+	}
+	for dir := path.Dir(name); dir != "/" && !n.parents[dir]; dir = path.Dir(dir) {
+		n.parents[dir] = true
+	}
+	return true, nil
+}
+
+// unnamed are the folders that the archive needs and does not describe, outer
+// ones first.
+func (n *names) unnamed() []string {
+	var out []string
+	for p := range n.parents {
+		if !n.dirs[p] {
+			out = append(out, p)
+		}
+	}
+	slices.SortFunc(out, func(a, b string) int {
+		return cmp.Or(cmp.Compare(strings.Count(a, "/"), strings.Count(b, "/")), cmp.Compare(a, b))
+	})
+	return out
+}
+
+// unnamedDirs keeps the unnamed folders of layers, by upper directory, until
+// the layers are committed.
+type unnamedDirs struct {
+	mu    sync.Mutex
+	upper map[string][]string
+}
+
+func (u *unnamedDirs) add(upper string, dirs []string) {
+	if len(dirs) == 0 {
+		return
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.upper == nil {
+		u.upper = make(map[string][]string)
+	}
+	u.upper[upper] = dirs
+}
+
+func (u *unnamedDirs) take(upper string) []string {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	dirs := u.upper[upper]
+	delete(u.upper, upper)
+	return dirs
+}
+
+// layering is a snapshotter that layers of an image are committed to. Where
+// they were unpacked without those below them it completes their folders, and
+// it marks those that were decrypted.
+type layering struct {
+	snapshots.Snapshotter
+	dirs      *unnamedDirs
+	decrypted map[string]bool // by name
+}
+
+func (l layering) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
+	var info snapshots.Info
+	for _, o := range opts {
+		if err := o(&info); err != nil {
+			return err
+		}
+	}
+	if info.Parent != "" {
+		if err := l.complete(ctx, key, info.Parent); err != nil {
+			return fmt.Errorf("folders of layer %s: %w", name, err)
+		}
+	}
+	if l.decrypted[name] {
+		opts = append(slices.Clone(opts), snapshots.WithLabels(map[string]string{labelDecrypted: "1"}))
+	}
+	return l.Snapshotter.Commit(ctx, name, key, opts...)
+}
+
+// Remove forgets an unpacked layer. containerd's unpacker does so twice where
+// several are unpacked at the same time.
+func (l layering) Remove(ctx context.Context, key string) error {
+	if err := l.Snapshotter.Remove(ctx, key); !errdefs.IsNotFound(err) {
+		return err
+	}
+	return nil
+}
+
+func (l layering) complete(ctx context.Context, key, parent string) (err error) {
+	mounts, err := l.Mounts(ctx, key)
+	if err != nil {
+		return err
+	}
+	if len(mounts) != 1 || mounts[0].Type != "bind" {
+		return nil
+	}
+	upper := mounts[0].Source
+	dirs := l.dirs.take(upper)
+	if len(dirs) == 0 {
+		return nil
+	}
+	view := key + "-below"
+	below, err := l.View(ctx, view, parent)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, l.Remove(context.WithoutCancel(ctx), view)) }()
+	lower := lowerDirs(below)
+	for _, d := range dirs {
+		if err := inherit(upper, d, lower); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inherit gives a folder of upper what the nearest layer below says of it.
+func inherit(upper, dir string, lower []string) error {
+	to, err := continuityfs.RootPath(upper, dir)
+	if err != nil {
+		return err
+	}
+	if to != path.Join(upper, dir) {
+		return nil // reached through a symbolic link: another folder, with a name
+	}
+	if at, err := os.Lstat(to); err != nil || !at.IsDir() {
+		return nil //nolint:nilerr // a later entry of the archive took its place
+	}
+	for _, below := range lower {
+		from, err := continuityfs.RootPath(below, dir)
+		if err != nil {
+			return err
+		}
+		at, err := os.Lstat(from)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if !at.IsDir() {
+			return nil // deleted or replaced there
+		}
+		return copyAttributes(from, to, at)
+	}
+	return nil
+}
+
+func copyAttributes(from, to string, at fs.FileInfo) error {
+	st, ok := at.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fmt.Errorf("no owner of %s", from)
+	}
+	if err := os.Lchown(to, int(st.Uid), int(st.Gid)); err != nil {
+		return err
+	}
+	if err := os.Chmod(to, at.Mode()); err != nil {
+		return err
+	}
+	attrs, err := sysx.LListxattr(from)
+	if err != nil && !errors.Is(err, unix.ENOTSUP) {
+		return fmt.Errorf("extended attributes of %s: %w", from, err)
+	}
+	for _, a := range attrs {
+		if strings.HasPrefix(a, "trusted.overlay.") {
+			continue
+		}
+		v, err := sysx.LGetxattr(from, a)
+		if err != nil {
+			return fmt.Errorf("extended attribute %s of %s: %w", a, from, err)
+		}
+		if err := sysx.LSetxattr(to, a, v, 0); err != nil && !errors.Is(err, unix.ENOTSUP) {
+			return fmt.Errorf("extended attribute %s of %s: %w", a, to, err)
+		}
+	}
+	return os.Chtimes(to, at.ModTime(), at.ModTime())
+}
+
+// overlayDirs are the directories of an overlay mount that is to be written,
+// the upper layer and those below it, nearest first.
+func overlayDirs(mounts []mount.Mount) (upper string, lower []string, ok bool) {
+	if len(mounts) != 1 || mounts[0].Type != "overlay" {
+		return "", nil, false
+	}
+	for _, o := range mounts[0].Options {
+		if v, found := strings.CutPrefix(o, "upperdir="); found {
+			upper = v
+		} else if v, found := strings.CutPrefix(o, "lowerdir="); found {
+			lower = strings.Split(v, ":")
+		}
+	}
+	return upper, lower, upper != ""
+}
+
+// lowerDirs are the directories that a read-only view is made of.
+func lowerDirs(mounts []mount.Mount) []string {
+	if len(mounts) == 1 && mounts[0].Type == "bind" {
+		return []string{mounts[0].Source}
+	}
+	for _, m := range mounts {
+		for _, o := range m.Options {
+			if v, found := strings.CutPrefix(o, "lowerdir="); found && m.Type == "overlay" {
+				return strings.Split(v, ":")
+			}
+		}
+	}
+	return nil
+}
