@@ -98,8 +98,8 @@ generate: ## Go code out of api/*.proto, docs/configuration.md out of internal/c
 install: build ## into PREFIX (/usr/local), with the systemd unit and shell completion
 	install -D -m 0755 bin/cloister $(DESTDIR)$(PREFIX)/bin/cloister
 	install -D -m 0755 bin/cloister-shim $(DESTDIR)$(PREFIX)/bin/cloister-shim
-	install -D -m 0755 bin/cloister-teec $(DESTDIR)$(PREFIX)/bin/cloister-teec
 	for name in cloister cloister-vm; do ln -sf cloister-shim $(DESTDIR)$(PREFIX)/bin/containerd-shim-$$name-v2; done
+	install -D -m 0755 bin/cloister-teec $(DESTDIR)$(PREFIX)/bin/cloister-teec
 	install -d $(DESTDIR)/etc/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	sed 's|@PREFIX@|$(PREFIX)|' deploy/cloister.service >$(DESTDIR)/etc/systemd/system/cloister.service
 	bin/cloister completion bash >$(DESTDIR)$(PREFIX)/share/bash-completion/completions/cloister

@@ -123,6 +123,9 @@ func (c Config) SystemdCgroup() bool {
 
 // checkOptions judges the options of a handler by its runtime_type.
 func (h Handler) checkOptions() error {
+	if h.IsMachine() {
+		return h.checkMachine()
+	}
 	t, ok := optionTypes()[h.RuntimeType]
 	switch {
 	case h.IsMachine():

@@ -20,32 +20,33 @@ import (
 
 // Runtime describes a runtime handler as the administrator configured it.
 type Runtime struct {
-	Type           string                 `json:",omitempty"` // runtime_type, such as io.containerd.runc.v2
-	Path           string                 `json:",omitempty"` // absolute path of an external shim; empty: looked up
-	Binary         string                 `json:",omitempty"` // BinaryName of the OCI runtime
-	Root           string                 `json:",omitempty"` // state folder of the OCI runtime
-	SystemdCgroup  bool                   `json:",omitempty"`
-	NoNewKeyring   bool                   `json:",omitempty"`
-	NoPivotRoot    bool                   `json:",omitempty"`
-	NoCgroup       bool                   `json:",omitempty"` // the node's cgroups are left alone
-	ShimCgroup     string                 `json:",omitempty"` // of external shims of runc's kind
-	IOUid, IOGid   uint32                 `json:",omitempty"` // own the pipes of containers; 0: root of the pod
-	ForceExternal  bool                   `json:",omitempty"` // use containerd-shim-… even for a type that the resident shim serves
-	Options        map[string]any         `json:",omitempty"` // all options of the table, for external shims
-	ConfigPath     string                 `json:",omitempty"` // options.ConfigPath of external shims other than runc's
-	ConfigBody     string                 `json:",omitempty"` // text that stands in for ConfigPath
-	OptionsType    string                 `json:",omitempty"` // type URL that such a shim knows its configuration by
-	Snapshotter    string                 `json:",omitempty"`
-	BaseSpec       string                 `json:",omitempty"`
-	PodAnnotations []string               `json:",omitempty"`
-	CtrAnnotations []string               `json:",omitempty"`
-	NoHostDevices  bool                   `json:",omitempty"` // privileged_without_host_devices
-	AllDevices     bool                   `json:",omitempty"` // …_all_devices_allowed
-	CgroupWritable bool                   `json:",omitempty"`
-	ReadOnlyMounts string                 `json:",omitempty"` // treat_ro_mounts_as_rro
-	Rlimits        []specs.POSIXRlimit    `json:",omitempty"`
-	Found          bool                   `json:",omitempty"` // nobody configured it: it is on the machine
-	Machine        *hostv1.MachineOptions `json:",omitempty"` // how virtual machines are made
+	Type           string              `json:",omitempty"` // runtime_type, such as io.containerd.runc.v2
+	Path           string              `json:",omitempty"` // absolute path of an external shim; empty: looked up
+	Binary         string              `json:",omitempty"` // BinaryName of the OCI runtime
+	Root           string              `json:",omitempty"` // state folder of the OCI runtime
+	SystemdCgroup  bool                `json:",omitempty"`
+	NoNewKeyring   bool                `json:",omitempty"`
+	NoPivotRoot    bool                `json:",omitempty"`
+	NoCgroup       bool                `json:",omitempty"` // the node's cgroups are left alone
+	ShimCgroup     string              `json:",omitempty"` // of external shims of runc's kind
+	IOUid, IOGid   uint32              `json:",omitempty"` // own the pipes of containers; 0: root of the pod
+	ForceExternal  bool                `json:",omitempty"` // use containerd-shim-… even for a type that the resident shim serves
+	Options        map[string]any      `json:",omitempty"` // all options of the table, for external shims
+	ConfigPath     string              `json:",omitempty"` // options.ConfigPath of external shims other than runc's
+	ConfigBody     string              `json:",omitempty"` // text that stands in for ConfigPath
+	OptionsType    string              `json:",omitempty"` // type URL that such a shim knows its configuration by
+	Snapshotter    string              `json:",omitempty"`
+	BaseSpec       string              `json:",omitempty"`
+	PodAnnotations []string            `json:",omitempty"`
+	CtrAnnotations []string            `json:",omitempty"`
+	NoHostDevices  bool                `json:",omitempty"` // privileged_without_host_devices
+	AllDevices     bool                `json:",omitempty"` // …_all_devices_allowed
+	CgroupWritable bool                `json:",omitempty"`
+	ReadOnlyMounts string              `json:",omitempty"` // treat_ro_mounts_as_rro
+	Rlimits        []specs.POSIXRlimit `json:",omitempty"`
+	// Machine says how virtual machines are made.
+	Machine *hostv1.MachineOptions `json:",omitempty"`
+	Found   bool                   `json:",omitempty"` // nobody configured it: it is on the machine
 }
 
 // Types that resident shims serve.

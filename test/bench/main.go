@@ -11,9 +11,10 @@
 //	BENCH_PARALLEL=5      how many at once in the parallel measurements
 //	BENCH_LIST=1000       containers (created, not started) when lists are timed
 //	BENCH_MEMORY=40       pods with one running container each when memory is read
+//	BENCH_MACHINES=10     virtual machines, booted bare and as pods in turns; 0: none
 //	BENCH_PULLS=3         pulls of each of the large images, each into an empty store
 //	BENCH_ONLY=           "pull" measures nothing but these
-//	BENCH_MACHINES=10     virtual machines, booted bare and as pods in turns; 0: none
+//	BENCH_STREAM=1024     MiB through a container's stdout
 //	BENCH_SUBJECTS=containerd,cloister,cloister-crun   or none
 //	CLOISTER_BIN=DIR      use these programs instead of building the checkout
 package main
@@ -40,7 +41,7 @@ type settings struct {
 	Pods, Containers, Images int
 	Rounds, Parallel         int
 	List, Memory, Pulls      int
-	Machines                 int
+	Machines, Stream         int
 	Only                     string
 	Subjects                 []string
 }
@@ -70,8 +71,9 @@ func fromEnvironment() (settings, error) {
 	}{
 		{"BENCH_PODS", &s.Pods, 50}, {"BENCH_CONTAINERS", &s.Containers, 50}, {"BENCH_IMAGES", &s.Images, 10},
 		{"BENCH_ROUNDS", &s.Rounds, 2}, {"BENCH_PARALLEL", &s.Parallel, 5},
-		{"BENCH_LIST", &s.List, 1000}, {"BENCH_MEMORY", &s.Memory, 40},
-		{"BENCH_PULLS", &s.Pulls, 3}, {"BENCH_MACHINES", &s.Machines, 10},
+		{"BENCH_LIST", &s.List, 1000}, {"BENCH_MEMORY", &s.Memory, 40}, {"BENCH_MACHINES", &s.Machines, 10},
+		{"BENCH_STREAM", &s.Stream, 1024},
+		{"BENCH_PULLS", &s.Pulls, 3},
 	} {
 		*f.into = f.def
 		if v := os.Getenv(f.name); v != "" {
@@ -115,15 +117,23 @@ func run(ctx context.Context) (met bool, err error) {
 			return false, err
 		}
 	}
-	if err := allPulls(ctx, p, checkout, set, results); err != nil {
-		return false, err
-	}
 	var vms *machines
 	if set.Machines > 0 && set.Only == "" {
-		if vms, err = allMachines(ctx, p, checkout, set); err != nil {
-			return false, fmt.Errorf("virtual machines: %w", err)
+		if vms, err = bootMachines(ctx, checkout, p, set, results); err != nil {
+			return false, err
 		}
-		results[vmHandler] = vms.vm.result
+	}
+	// The OCI runtime takes no part in a pull: one of the two is enough.
+	trash, err := os.MkdirTemp("/tmp", "clt")
+	if err != nil {
+		return false, err
+	}
+	defer os.RemoveAll(trash)
+	subjects := slices.DeleteFunc(slices.Clone(set.Subjects), func(s string) bool { return s == cloisterCrun })
+	if err := rounds(ctx, checkout, "pulls, ", set.Pulls, results, subjects, func(hosts, s string, _ int) error {
+		return pulls(ctx, p, hosts, trash, s, results[s])
+	}, "-only", "bulk"); err != nil {
+		return false, err
 	}
 	if err := save(checkout, set, results); err != nil {
 		return false, err
@@ -146,28 +156,19 @@ func run(ctx context.Context) (met bool, err error) {
 	return met, nil
 }
 
-// allPulls measures pulls. The OCI runtime takes no part in them: one of the
-// two is enough.
-func allPulls(ctx context.Context, p programs, checkout string, set settings, results map[string]*result) error {
-	trash, err := os.MkdirTemp("/tmp", "clt")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(trash)
-	subjects := slices.DeleteFunc(slices.Clone(set.Subjects), func(s string) bool { return s == cloisterCrun })
-	return rounds(ctx, checkout, "pulls, ", set.Pulls, results, subjects, func(hosts, s string, _ int) error {
-		return pulls(ctx, p, hosts, trash, s, results[s])
-	}, "-only", "bulk")
-}
-
-func allMachines(ctx context.Context, p programs, checkout string, set settings) (vms *machines, err error) {
+// bootMachines measures virtual machines, with a registry of their own.
+func bootMachines(ctx context.Context, checkout string, p programs, set settings, results map[string]*result) (vms *machines, err error) {
 	fmt.Fprintln(os.Stderr, "virtual machines")
 	registry, err := testnode.StartRegistry(ctx, checkout, "-pause", p.pause)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { err = errors.Join(err, registry.Close()) }()
-	return measureMachines(ctx, p, registry.Hosts, os.Getenv("BENCH_WORK"), set)
+	if vms, err = measureMachines(ctx, p, registry.Hosts, os.Getenv("BENCH_WORK"), set); err != nil {
+		return nil, fmt.Errorf("virtual machines: %w", err)
+	}
+	results[vmHandler] = vms.vm.result
+	return vms, nil
 }
 
 // rounds gives each subject its turn, n times, with a registry of the images

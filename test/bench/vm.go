@@ -23,7 +23,6 @@ const (
 	vmHandler  = "vm"
 	bareBoot   = "bare boot"
 	vmBudget   = 300 * time.Millisecond // of a pod's creation above the bare boot
-	vmStreamed = 1 << 30                // bytes through stdout
 	vmWanted   = 200.0                  // MB/s of them
 	vmRead     = 256 << 20
 	vmSmall    = 2000 // files of 4 KiB
@@ -171,7 +170,7 @@ func (m *machines) rates(ctx context.Context, b *bench) (err error) {
 		amount  float64
 		command string
 	}{
-		{"stdout to the log, MB/s", vmStreamed / 1e6, fmt.Sprintf("dd if=/dev/zero bs=1M count=%d", vmStreamed>>20)},
+		{"stdout to the log, MB/s", float64(m.set.Stream) * (1 << 20) / 1e6, fmt.Sprintf("dd if=/dev/zero bs=1M count=%d", m.set.Stream)},
 		{"read a file of a volume, MB/s", vmRead / 1e6, "dd if=/data/big of=/dev/null bs=1M"},
 		{"small files of a volume, files/s", vmSmall, "tar -cf - /data/small >/dev/null"},
 	} {

@@ -137,10 +137,11 @@ func (m stockNode) runPod() {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	if got := m.run("exec", c, "uname", "-r"); got == "" || got == strings.TrimSpace(string(host)) {
+	got := m.run("exec", c, "uname", "-r")
+	if got == "" || got == strings.TrimSpace(string(host)) {
 		m.t.Errorf("the pod's kernel is %q, the host's %q", got, host)
 	}
-	logged(m.t, filepath.Join(m.dir, "c.log"), "stdout")
+	logged(m.t, filepath.Join(m.dir, "c.log"), got)
 	m.run("stop", "-t", "1", c)
 	st, err := m.node.Runtime.ContainerStatus(m.t.Context(), &cri.ContainerStatusRequest{ContainerId: c})
 	if err != nil || st.Status.ExitCode != 137 {

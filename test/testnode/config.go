@@ -135,8 +135,8 @@ func (n *Node) configure() error {
 		Handlers, Shims                                                                       map[string]string
 		Cloister, Extra                                                                       bool
 	}{
-		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, n.streamAddress(), n.opts.Guests, subnets, n.opts.GuestOptions,
-		handlers, n.opts.Shims, n.opts.Runtime == Cloister, n.opts.Extra != "",
+		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, n.streamAddress(), n.opts.Guests,
+		subnets, n.opts.GuestOptions, handlers, n.opts.Shims, n.opts.Runtime == Cloister, n.opts.Extra != "",
 	})
 	if err != nil {
 		return err

@@ -253,10 +253,15 @@ func (b *Backend) Settle(ctx context.Context, t *host.TaskSpec, _ host.Process) 
 		oom = resp.GetOom()
 		return err
 	})
+	if err = ignoreNotFound(err); err == nil {
+		// Whoever reads the streams waits for their end, which is the last
+		// copy's: the machine's.
+		err = s.unplug(ctx, key(t.ID, ""))
+	}
 	if ended(s.machine()) {
 		return false, nil
 	}
-	return oom, ignoreNotFound(err)
+	return oom, err
 }
 
 func ignoreNotFound(err error) error {
