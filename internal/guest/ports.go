@@ -150,7 +150,7 @@ func openPort(ctx context.Context, dev string) (*os.File, error) {
 	}
 	deadline := time.Now().Add(connectTime)
 	for hungUp(fd) && ctx.Err() == nil && time.Now().Before(deadline) {
-		time.Sleep(time.Millisecond) // the kernel tells of it by nothing that could be waited for
+		time.Sleep(time.Millisecond) //nolint:forbidigo // the kernel tells of it by nothing that could be waited for
 	}
 	return os.NewFile(uintptr(fd), dev), nil
 }

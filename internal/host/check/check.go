@@ -90,9 +90,9 @@ type checks struct {
 	reaper *proc.Reaper
 	passed map[string]bool
 
-	qemu, virtiofsd string
-	kernel, initrd  string
-	boot            time.Duration // of the check that runs
+	qemu           string
+	kernel, initrd string
+	boot           time.Duration // of the check that runs
 }
 
 // step is one check. It gives its evidence, whatever the error.

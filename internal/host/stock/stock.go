@@ -90,7 +90,7 @@ func Options(input io.Reader) (path string, body []byte, err error) {
 	}
 	var old anypb.Any
 	if len(b) == 0 || proto.Unmarshal(b, &old) != nil || !strings.HasSuffix(old.TypeUrl, string(o.ProtoReflect().Descriptor().FullName())) {
-		return "", nil, nil
+		return "", nil, nil //nolint:nilerr // options of another kind are none
 	}
 	if err := proto.Unmarshal(old.Value, &o); err != nil {
 		return "", nil, fmt.Errorf("read the handler's options: %w", err)

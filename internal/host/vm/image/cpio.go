@@ -26,10 +26,6 @@ func (t tree) file(name string, mode uint32, data []byte) {
 	t[clean(name)] = node{mode: unix.S_IFREG | mode, data: data}
 }
 
-func (t tree) link(name, target string) {
-	t[clean(name)] = node{mode: unix.S_IFLNK | 0o777, data: []byte(target)}
-}
-
 func (t tree) dir(name string, mode uint32) { t[clean(name)] = node{mode: unix.S_IFDIR | mode} }
 
 func (t tree) char(name string, mode, major, minor uint32) {

@@ -152,7 +152,7 @@ func (m *qemu) connect(ctx context.Context) error {
 		}
 	}
 	m.mon = mon
-	go m.bury()
+	go m.bury() //nolint:gosec // it outlives the request, and ends with QEMU
 	return nil
 }
 
@@ -167,7 +167,7 @@ func attachQEMU(ctx context.Context, reaper *proc.Reaper, s State, held *os.File
 		st, err := proc.ReadStat(pid)
 		if pid <= 0 || err != nil || !isOurs(pid, s.Dir) {
 			m.exited(proc.UnknownExit())
-			return m, nil
+			return m, nil //nolint:nilerr // it has gone, which the machine tells
 		}
 		m.state.Pid, m.state.Start = pid, st.Start
 	}

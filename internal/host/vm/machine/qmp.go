@@ -164,11 +164,11 @@ func (m *monitor) run(ctx context.Context, cs ...command) (json.RawMessage, erro
 			case !ok:
 				return nil, m.failure()
 			case a.Error != nil && failed == nil:
-				failed = fmt.Errorf("QEMU refuses %s: %w", cs[i].Name, a.Error)
+				failed = fmt.Errorf("QEMU refuses %s: %w", cs[i].Name, a.Error) //nolint:gosec // one wait for each command
 			}
 			last = a.Return
 		case <-ctx.Done():
-			return nil, fmt.Errorf("wait for QEMU's answer to %s: %w", cs[i].Name, ctx.Err())
+			return nil, fmt.Errorf("wait for QEMU's answer to %s: %w", cs[i].Name, ctx.Err()) //nolint:gosec // one wait for each command
 		}
 	}
 	return last, failed

@@ -127,7 +127,7 @@ func openPort(name string) (*os.File, error) {
 				}
 			}
 		}
-		time.Sleep(2 * time.Millisecond)
+		time.Sleep(2 * time.Millisecond) //nolint:forbidigo // sysfs tells of a new port by nothing that could be waited for
 	}
 }
 
