@@ -24,15 +24,15 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## bin/cloister, bin/cloister-shim, bin/cloister-teec
-	CGO_ENABLED=0 $(GO) build $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister ./cmd/cloister-teec
+	CGO_ENABLED=0 $(GO) build -tags nri_no_wasm $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister ./cmd/cloister-teec
 	CGO_ENABLED=0 $(GO) build -tags no_grpc $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister-shim
 
 demo: ## a pod from an image to its removal, on a private daemon, with times
-	@test/setup oci go
+	@test/setup oci vm go
 	@$(GO) run ./test/demo
 
 test: ## everything that has to pass: unit, integration (as root), conformance
-	@test/setup oci cgo iptables registry
+	@test/setup oci vm cgo iptables registry
 	$(MAKE) build lint unit integration demo conformance
 
 unit: build
@@ -41,7 +41,7 @@ unit: build
 	cd test/registry && $(GO) vet ./... && $(GO) test -race ./...
 
 integration: build ## a real daemon, as root: bad input, restarts, streams, external shims
-	@test/setup oci
+	@test/setup oci vm
 	test/integration/run
 	test/external/run
 
@@ -59,11 +59,11 @@ $(TOOLS)/golangci-lint-$(GOLANGCI_LINT):
 	mv $(TOOLS)/golangci-lint $@
 
 bench: build ## one table: containerd v2.4.2 and Cloister in the same run
-	@test/setup oci cgo
+	@test/setup oci vm cgo
 	test/bench/run
 
 fault: build ## kill -9 of daemon and shim under load; leaks after 500 pods
-	@test/setup oci
+	@test/setup oci vm
 	test/fault/run
 
 e2e: build ## a Kubernetes control plane and kubelet on this daemon
@@ -93,11 +93,12 @@ generate: ## Go code out of api/*.proto, docs/configuration.md out of internal/c
 	PATH=$(TOOLS):$$PATH protoc -I api -I /usr/include --go_out=. --go_opt=module=cloister.dev \
 	  --go-grpc_out=. --go-grpc_opt=module=cloister.dev debug/v1/debug.proto
 	PATH=$(TOOLS):$$PATH protoc -I api -I /usr/include --go_out=. --go_opt=module=cloister.dev \
-	  --go-ttrpc_out=. --go-ttrpc_opt=module=cloister.dev host/v1/host.proto
+	  --go-ttrpc_out=. --go-ttrpc_opt=module=cloister.dev host/v1/host.proto guest/v1/guest.proto
 
 install: build ## into PREFIX (/usr/local), with the systemd unit and shell completion
 	install -D -m 0755 bin/cloister $(DESTDIR)$(PREFIX)/bin/cloister
 	install -D -m 0755 bin/cloister-shim $(DESTDIR)$(PREFIX)/bin/cloister-shim
+	for name in cloister cloister-vm; do ln -sf cloister-shim $(DESTDIR)$(PREFIX)/bin/containerd-shim-$$name-v2; done
 	install -D -m 0755 bin/cloister-teec $(DESTDIR)$(PREFIX)/bin/cloister-teec
 	install -d $(DESTDIR)/etc/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 	sed 's|@PREFIX@|$(PREFIX)|' deploy/cloister.service >$(DESTDIR)/etc/systemd/system/cloister.service

@@ -26,7 +26,7 @@ func keep(ctx context.Context, o options) error {
 	// By its path, so that a server started after an upgrade is the new one.
 	err = keeper.Run(ctx, keeper.Options{
 		Dir:   o.state,
-		Args:  []string{self, "serve", "--state", o.state, "--log-level", o.level.String()},
+		Args:  []string{self, "serve", "--state", o.state, "--backend", o.backend, "--log-level", o.level.String()},
 		Log:   o.log,
 		Adopt: o.adopt,
 	})

@@ -12,27 +12,58 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strings"
 	"syscall"
+
+	"cloister.dev/internal/guest"
+	"cloister.dev/internal/host/stock"
 )
 
 const usage = `cloister-shim runs containers for the cloister daemon.
 
-  cloister-shim keep  --state DIR [--log-level L]   start the keeper, which starts "serve" and keeps it alive
-  cloister-shim serve --state DIR [--log-level L]   serve the shim protocol on DIR/shim.sock
-  cloister-shim stop  --state DIR [--force]         end both; containers that run stay (only with --force)
+  cloister-shim keep  --state DIR [--backend B] [--log-level L]   start the keeper, which starts "serve" and keeps it alive
+  cloister-shim serve --state DIR [--backend B] [--log-level L]   serve the shim protocol on DIR/shim.sock
+  cloister-shim stop  --state DIR [--force]                       end both; containers that run stay (only with --force)
   cloister-shim version
+
+A backend is container (the default) or vm. As the first process of a virtual
+machine, under the name init, the program is the agent in the guest. Under the
+names containerd-shim-cloister-v2 and containerd-shim-cloister-vm-v2 it is a shim
+of containerd.
 `
 
-func main() { os.Exit(run(os.Args[1:], os.Stdout, os.Stderr)) }
+func main() {
+	if os.Getpid() == 1 && filepath.Base(os.Args[0]) == "init" {
+		guest.Init(version())
+		return
+	}
+	if name := os.Args[len(os.Args)-1]; len(os.Args) > 1 && filepath.Base(os.Args[0]) == "modprobe" {
+		if err := guest.Modprobe(name); err != nil {
+			os.Exit(1) // the kernel, who asks, wants no more
+		}
+		return
+	}
+	if stock.Backend(os.Args[0]) != "" {
+		os.Exit(underContainerd(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+	}
+	os.Exit(run(os.Args[1:], os.Stdout, os.Stderr))
+}
+
+// Backends by name.
+const (
+	containerBackend = "container"
+	vmBackend        = "vm"
+)
 
 type options struct {
-	state string
-	level slog.Level
-	force bool
-	adopt int
-	log   *slog.Logger
+	state   string
+	backend string
+	level   slog.Level
+	force   bool
+	adopt   int
+	log     *slog.Logger
 }
 
 func run(args []string, stdout, stderr io.Writer) int {
@@ -75,6 +106,9 @@ func parse(name string, args []string, stderr io.Writer) (o options, err error) 
 	fs.SetOutput(stderr)
 	fs.StringVar(&o.state, "state", "", "folder of all state (required)")
 	fs.TextVar(&o.level, "log-level", slog.LevelInfo, "debug, info, warn or error")
+	if name != "stop" {
+		fs.StringVar(&o.backend, "backend", containerBackend, "container or vm")
+	}
 	if name == "stop" {
 		fs.BoolVar(&o.force, "force", false, "end the shim although tasks are left; they run on")
 	}
@@ -89,6 +123,9 @@ func parse(name string, args []string, stderr io.Writer) (o options, err error) 
 	}
 	if o.state == "" || o.state[0] != '/' {
 		return o, errors.New("--state must name a folder by its absolute path")
+	}
+	if name != "stop" && o.backend != containerBackend && o.backend != vmBackend {
+		return o, fmt.Errorf("--backend %q: want %s or %s", o.backend, containerBackend, vmBackend)
 	}
 	o.log = slog.New(slog.NewTextHandler(stderr, &slog.HandlerOptions{Level: o.level})).With("proc", name)
 	return o, nil

@@ -17,6 +17,7 @@ import (
 	"cloister.dev/internal/host/container"
 	"cloister.dev/internal/host/keeper"
 	"cloister.dev/internal/host/proc"
+	"cloister.dev/internal/host/vm"
 )
 
 func serve(ctx context.Context, o options) error {
@@ -49,8 +50,9 @@ func serve(ctx context.Context, o options) error {
 		g := guard{options: o, ctx: ctx, reaper: reaper, store: store}
 		g.watchParent()
 	}
-	h, err := host.New(ctx, host.Config{Dir: o.state, Version: version(), Log: o.log, Store: store, Held: held,
-		Backend: container.New(o.state, reaper, o.log)})
+	backend, letGo := newBackend(o, reaper)
+	defer letGo()
+	h, err := host.New(ctx, host.Config{Dir: o.state, Version: version(), Log: o.log, Store: store, Held: held, Backend: backend})
 	if err != nil {
 		return err
 	}
@@ -65,6 +67,15 @@ func serve(ctx context.Context, o options) error {
 	h.Shutdown()
 	o.log.Info("no longer serving; tasks run on")
 	return err
+}
+
+// newBackend gives the backend and what is to be done at the end.
+func newBackend(o options, reaper *proc.Reaper) (host.Backend, func()) {
+	if o.backend == vmBackend {
+		b := vm.New(o.state, reaper, o.log)
+		return b, b.Close
+	}
+	return container.New(o.state, reaper, o.log), func() {}
 }
 
 // connect finds the keeper, when it is one that started us.
@@ -145,7 +156,7 @@ func (g *guard) start(socket *os.File) error {
 	if err != nil {
 		return err
 	}
-	args := []string{self, "keep", "--state", g.state, "--log-level", g.level.String(), "--adopt", strconv.Itoa(os.Getpid())}
+	args := []string{self, "keep", "--state", g.state, "--backend", g.backend, "--log-level", g.level.String(), "--adopt", strconv.Itoa(os.Getpid())}
 	_, err = g.reaper.Start(proc.Command{Path: self, Args: args, Env: os.Environ(), Dir: "/",
 		Files: [3]*os.File{nil, os.Stdout, os.Stderr}, Extra: []*os.File{socket}}, g.keeperDied)
 	return err

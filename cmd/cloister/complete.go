@@ -63,3 +63,15 @@ func imageNames(ctx context.Context, c *client.Conn) []string {
 	}
 	return names
 }
+
+func podNames(ctx context.Context, c *client.Conn) []string {
+	r, err := c.Runtime.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		return nil
+	}
+	var names []string
+	for _, p := range r.GetItems() {
+		names = append(names, p.GetMetadata().GetName())
+	}
+	return names
+}

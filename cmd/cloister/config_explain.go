@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -21,7 +22,8 @@ that were dropped are explained by what replaces them.`,
 		Example: `  cloister config explain snapshotter
   cloister config explain runtimes.kata.runtime_type
   cloister config explain 'plugins."io.containerd.grpc.v1.cri".sandbox_image'`,
-		Args: args(cobra.ExactArgs(1)),
+		Args:              args(cobra.ExactArgs(1)),
+		ValidArgsFunction: first(completeKeys),
 		RunE: func(_ *cobra.Command, keys []string) error {
 			found, err := config.Explain(keys[0])
 			if err != nil {
@@ -41,6 +43,20 @@ that were dropped are explained by what replaces them.`,
 	}
 	format = outputFlag(cmd)
 	return cmd
+}
+
+// completeKeys offers the names of keys, without their tables.
+func completeKeys(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+	all, err := config.Reference()
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, k := range all {
+		names = append(names, k.Path[len(k.Path)-1])
+	}
+	slices.Sort(names)
+	return slices.Compact(names), cobra.ShellCompDirectiveNoFileComp
 }
 
 func (a *app) explain(e config.Explanation) {

@@ -34,40 +34,44 @@ type reloader struct {
 
 // apply changes all rooms or, with an error, none.
 func (r *reloader) apply(cfg config.Config) error {
-	shims, err := shimOptions(cfg, r.log.Logger)
-	if err != nil {
-		return err
-	}
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(cfg.LogLevel)); err != nil {
 		return fmt.Errorf("log level %q: %w", cfg.LogLevel, err)
 	}
-	if c, ok := r.net.(*cni.Attacher); ok {
-		if err := c.Reconfigure(cniOptions(cfg, r.log.Logger)); err != nil {
-			return err
+	rooms := []func(config.Config) error{r.applyNetwork, r.applyImages, r.applyShims}
+	for i, change := range rooms {
+		err := change(cfg)
+		if err == nil {
+			continue
 		}
-	}
-	if err := r.shims.Reload(shims.Runtimes, shims.Default); err != nil {
-		return errors.Join(err, r.back())
-	}
-	if err := r.images.SetHosts(imageHosts(cfg, r.log.Logger)); err != nil {
-		return errors.Join(err, r.back())
+		for _, back := range rooms[:i] { // to what was good
+			if backErr := back(r.current()); backErr != nil {
+				err = errors.Join(err, fmt.Errorf("go back to the configuration before: %w", backErr))
+			}
+		}
+		return err
 	}
 	r.log.level.Set(level)
 	return nil
 }
 
-// back gives the rooms that were changed what they had, which was good.
-func (r *reloader) back() error {
-	var errs []error
+func (r *reloader) applyNetwork(cfg config.Config) error {
 	if c, ok := r.net.(*cni.Attacher); ok {
-		errs = append(errs, c.Reconfigure(cniOptions(r.current(), r.log.Logger)))
+		return c.Reconfigure(cniOptions(cfg, r.log.Logger))
 	}
-	shims, err := shimOptions(r.current(), r.log.Logger)
-	if err == nil {
-		err = r.shims.Reload(shims.Runtimes, shims.Default)
+	return nil
+}
+
+func (r *reloader) applyImages(cfg config.Config) error {
+	return r.images.SetHosts(imageHosts(cfg, r.log.Logger))
+}
+
+func (r *reloader) applyShims(cfg config.Config) error {
+	o, err := shimOptions(cfg, r.log.Logger)
+	if err != nil {
+		return err
 	}
-	return errors.Join(append(errs, err)...)
+	return r.shims.Reload(o.Runtimes, o.Default)
 }
 
 // current is the configuration in force.
@@ -112,7 +116,7 @@ func (r *reloader) snapshotter(handler string) (string, error) {
 	return snapshotter(cfg, handler, cfg.Runtime.Containerd.Runtimes[handler]), nil
 }
 
-// platform tells for which platform the images of a handler are, "" for the node's.
+// platform is that of the images of a handler; empty is the node's own.
 func (r *reloader) platform(handler string) string {
 	return r.current().Images.RuntimePlatforms[handler].Platform
 }

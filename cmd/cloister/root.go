@@ -58,7 +58,7 @@ kubelet; the other commands look into a daemon, or run a pod by hand.`,
 	}
 	add("pods", a.runCommand(), a.psCommand(), a.podsCommand(), a.logsCommand(), a.execCommand(), a.inspectCommand(), a.stopCommand(), a.rmCommand())
 	add("images", a.imagesCommand(), a.pullCommand(), a.rmiCommand(), a.imageCommand())
-	add("node", a.daemonCommand(), a.devicePluginCommand(), a.configCommand(), a.debugCommand(), a.versionCommand())
+	add("node", a.daemonCommand(), a.devicePluginCommand(), a.configCommand(), a.checkCommand(), a.guestCommand(), a.vmCommand(), a.debugCommand(), a.versionCommand())
 	cmd.SetCompletionCommandGroupID("node")
 	cmd.SetHelpCommandGroupID("node")
 	return cmd

@@ -26,6 +26,7 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"k8s.io/klog/v2"
 
+	hostv1 "cloister.dev/api/host/v1"
 	"cloister.dev/internal/config"
 	"cloister.dev/internal/cri"
 	"cloister.dev/internal/image"
@@ -199,14 +200,14 @@ func openStreams(cfg config.Config, log *slog.Logger, pods *pod.Service, closing
 
 // serve answers on the CRI socket until ctx ends.
 func serve(ctx context.Context, cfg config.Config, log *slog.Logger, server *cri.Server, pods *pod.Service, images *image.Store, options ...grpc.ServerOption) error {
-	lis, err := listen(ctx, cfg.Address)
+	lis, err := listen(ctx, cfg.Address, cfg.Plugins.GRPC)
 	if err != nil {
 		return err
 	}
 	g := grpc.NewServer(append(server.GRPCOptions(), options...)...)
 	server.Register(g)
 	healthpb.RegisterHealthServer(g, health.NewServer())
-	(&cri.Debug{Pods: pods, Images: images}).Register(g)
+	(&cri.Debug{Pods: pods, Images: images, Machine: pods}).Register(g)
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(lis) }()
 	log.Info("serving CRI", "address", cfg.Address, "root", cfg.Root, "state", cfg.State, "network", cfg.Cloister.Network)
@@ -239,9 +240,9 @@ func loadAppArmor(cfg config.Config, log *slog.Logger) {
 	}
 }
 
-// listen makes the socket, which only root may use, in place of one that
-// nobody serves any more.
-func listen(ctx context.Context, address string) (net.Listener, error) {
+// listen makes the socket, which only its owner may use and the group that is
+// named, in place of one that nobody serves any more.
+func listen(ctx context.Context, address string, owner config.GRPCServer) (net.Listener, error) {
 	path := strings.TrimPrefix(address, "unix://")
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("make the socket's folder: %w", err)
@@ -253,7 +254,11 @@ func listen(ctx context.Context, address string) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}
-	if err := os.Chmod(path, 0o600); err != nil {
+	mode := os.FileMode(0o600)
+	if owner.GID != 0 {
+		mode = 0o660
+	}
+	if err := errors.Join(os.Chown(path, owner.UID, owner.GID), os.Chmod(path, mode)); err != nil {
 		lis.Close()
 		return nil, fmt.Errorf("restrict the socket: %w", err)
 	}
@@ -336,7 +341,11 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 		if r.Rlimits, err = rlimits(cfg, name); err != nil {
 			return o, err
 		}
-		if h.IsRunc() {
+		if h.IsMachine() {
+			if r.Machine, err = machineOptions(cfg, h); err != nil {
+				return o, fmt.Errorf("options of handler %q: %w", name, err)
+			}
+		} else if h.IsRunc() {
 			ro, err := h.RuncOptions()
 			if err != nil {
 				return o, fmt.Errorf("options of handler %q: %w", name, err)
@@ -354,6 +363,22 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 		o.Runtimes[name] = r
 	}
 	return o, nil
+}
+
+// machineOptions are what the shim is told of a handler's virtual machines.
+func machineOptions(cfg config.Config, h config.Handler) (*hostv1.MachineOptions, error) {
+	m, err := h.MachineOptions()
+	if err != nil {
+		return nil, err
+	}
+	if m.Guests == "" {
+		m.Guests = filepath.Join(cfg.Root, "guests")
+	}
+	return &hostv1.MachineOptions{Path: m.Path, Guests: m.Guests, Guest: m.Guest, Kernel: m.Kernel, Initrd: m.Initrd,
+		KernelParams: m.KernelParams, MachineType: m.MachineType, Accel: m.Accel,
+		DefaultVcpus: m.DefaultVCPUs, DefaultMaxvcpus: m.DefaultMaxVCPUs, DefaultMemory: m.DefaultMemory, DefaultMaxmemory: m.DefaultMaxMemory,
+		OverheadMemory: m.OverheadMemory, SharedFs: m.SharedFS, VirtioFsDaemon: m.VirtioFSDaemon, VirtioFsCache: m.VirtioFSCache,
+		VirtioFsExtraArgs: m.VirtioFSExtraArgs, EnableAnnotations: m.EnableAnnotations, BootTimeout: m.BootTimeout}, nil
 }
 
 func snapshotter(cfg config.Config, name string, h config.Handler) string {
@@ -390,6 +415,7 @@ func podOptions(cfg config.Config, log *slog.Logger, images *image.Store, net ne
 		CgroupParent: cgroupParent(cfg.State),
 		LogMaxLine:   int64(r.MaxContainerLogLineSize), IgnoreImageVolumes: r.IgnoreImageDefinedVolumes,
 		DrainExecSync: r.DrainExecSyncIOTimeout.Duration, StatsPeriod: r.StatsCollectPeriod.Duration,
+		LayerPeriod: time.Duration(cfg.Images.StatsCollectPeriod) * time.Second,
 	}
 	if !r.NetNSMountsUnderStateDir {
 		o.NetNSDir = "/var/run/netns"

@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
+	"os"
 
 	"google.golang.org/grpc"
 
@@ -24,9 +26,13 @@ type telemetries struct {
 func openTelemetry(ctx context.Context, cfg config.Config, version string) (*telemetries, error) {
 	t := &telemetries{}
 	if cfg.Plugins.Metrics.Address != "" {
-		t.metrics = telemetry.NewMetrics(version, cfg.Plugins.GRPCMetrics.GRPCHistogram)
+		t.metrics = telemetry.NewMetrics(version)
 	}
-	if o := cfg.Plugins.OTLP; o.Endpoint != "" {
+	o := cfg.Plugins.OTLP
+	// The variables that OpenTelemetry itself has for this.
+	o.Endpoint = cmp.Or(o.Endpoint, os.Getenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"), os.Getenv("OTEL_EXPORTER_OTLP_ENDPOINT"))
+	o.Protocol = cmp.Or(o.Protocol, os.Getenv("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"), os.Getenv("OTEL_EXPORTER_OTLP_PROTOCOL"))
+	if o.Endpoint != "" {
 		var err error
 		t.traces, err = telemetry.OpenTraces(ctx, telemetry.TraceOptions{Endpoint: o.Endpoint, Protocol: o.Protocol, Insecure: o.Insecure,
 			Ratio: cfg.Plugins.Tracing.SamplingRatio, Service: cfg.Plugins.Tracing.ServiceName, Version: version})

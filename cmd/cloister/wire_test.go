@@ -101,7 +101,7 @@ func TestListen(t *testing.T) {
 		{"no socket", file, "no socket"},
 	} {
 		before, _ := os.Lstat(tt.path)
-		lis, err := listen(t.Context(), "unix://"+tt.path)
+		lis, err := listen(t.Context(), "unix://"+tt.path, config.GRPCServer{})
 		if tt.refused == "" {
 			if err != nil {
 				t.Errorf("%s: %v", tt.name, err)
@@ -119,5 +119,21 @@ func TestListen(t *testing.T) {
 		if after, err := os.Lstat(tt.path); err != nil || !os.SameFile(before, after) {
 			t.Errorf("%s: what was there is gone: %v", tt.name, err)
 		}
+	}
+}
+
+func TestSocketOfAGroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it gives a file away")
+	}
+	path := filepath.Join(t.TempDir(), "s")
+	lis, err := listen(t.Context(), path, config.GRPCServer{UID: 7, GID: 1234})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	var st unix.Stat_t
+	if err := unix.Stat(path, &st); err != nil || st.Uid != 7 || st.Gid != 1234 || st.Mode&0o777 != 0o660 {
+		t.Errorf("the socket is of %d:%d with mode %o: %v", st.Uid, st.Gid, st.Mode, err)
 	}
 }

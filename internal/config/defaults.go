@@ -95,7 +95,7 @@ func defaultPlugins() Plugins {
 		Linux:       LinuxRuntime{Shim: "containerd-shim", Runtime: "runc"},
 		Opt:         Opt{Path: "/opt/containerd"},
 		Restart:     Restart{Interval: Duration{10 * time.Second}},
-		Tracing:     Tracing{SamplingRatio: 1, ServiceName: "containerd"},
+		Tracing:     Tracing{SamplingRatio: 1, ServiceName: "cloister"},
 		GRPC:        GRPCServer{MaxRecvMessageSize: maxMessage, MaxSendMessageSize: maxMessage},
 		TTRPC:       SocketServer{Address: "/run/containerd/containerd.sock.ttrpc"},
 		TCP:         TCPServer{MaxRecvMessageSize: maxMessage, MaxSendMessageSize: maxMessage},

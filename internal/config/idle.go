@@ -30,8 +30,6 @@ func allIdleKeys() []idleKey {
 		{runtime.and("stats_retention_period"), "statistics are kept for two minutes"},
 		{handler.and("disable_pause_image_pull"), "no pause image is ever pulled"},
 		{plugin(criPlugin, "disable_tcp_service"), "CRI is served on the unix socket alone"},
-		{server("grpc", "uid"), "the socket belongs to root"},
-		{server("grpc", "gid"), "the socket belongs to root"},
 		{server("grpc", "max_recv_message_size"), "messages of 16 MiB are taken"},
 		{server("grpc", "max_send_message_size"), "messages of 16 MiB are sent"},
 		{server("grpc-tcp"), "the API is served on the unix socket alone"},
@@ -54,8 +52,6 @@ func allIdleKeys() []idleKey {
 		{plugin("io.containerd.monitor.task.v1.cgroups"), "metrics cover all containers"},
 		{plugin("io.containerd.internal.v1.opt"), "nothing is installed out of images"},
 		{plugin("io.containerd.monitor.container.v1.restart"), "kubelet restarts containers"},
-		{plugin("io.containerd.internal.v1.tracing"), "set the variables OTEL_TRACES_SAMPLER and OTEL_SERVICE_NAME"},
-		{plugin("io.containerd.tracing.processor.v1.otlp"), "set the variables OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_EXPORTER_OTLP_PROTOCOL"},
 	}
 }
 

@@ -126,10 +126,10 @@ type ProxyPlugin struct {
 	// Address is the plugin's socket.
 	Address string `toml:"address" since:"1.1"`
 	// Platform is written os/arch[/variant]; empty is the node's own.
-	Platform string `toml:"platform" since:"1.7"`
+	Platform string `toml:"platform" since:"1.6"`
 	// Exports are facts for whoever uses the plugin, such as root and
 	// enable_remote_snapshot_annotations.
-	Exports map[string]string `toml:"exports" since:"1.7"`
+	Exports map[string]string `toml:"exports" since:"1.6"`
 	// Capabilities are what the plugin can do, such as "remap-ids".
 	Capabilities []string `toml:"capabilities" since:"1.7"`
 }

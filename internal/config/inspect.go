@@ -221,8 +221,8 @@ type Explanation struct {
 	Note string `json:"note,omitempty"`
 }
 
-// Explain finds the keys that a name means: a whole key of any version, or the
-// end of one.
+// Explain finds the keys that a name means: a whole key of any version, the end
+// of one, or a table.
 func Explain(name string) ([]Explanation, error) {
 	settings, err := scan("key", []byte(name+" = 0"))
 	if err != nil || len(settings) == 0 {
@@ -239,6 +239,9 @@ func Explain(name string) ([]Explanation, error) {
 	}
 	if len(found) == 0 {
 		found = among(all, func(k Key) bool { return fitsEnd(k.Path, asked) })
+	}
+	if len(found) == 0 { // a table: all that is in it
+		found = among(all, func(k Key) bool { return len(k.Path) > 1 && fitsEnd(k.Path[:len(k.Path)-1], asked) })
 	}
 	if len(found) == 0 {
 		cri, runtime := plugin(criPlugin), plugin(runtimePlugin)
@@ -267,7 +270,7 @@ func fitsEnd(path, asked keyPath) bool {
 			return false
 		}
 	}
-	return asked.last() == path[len(path)-1]
+	return asked.last() == path[len(path)-1] || len(asked) > 1 && path[len(path)-1] == anyName
 }
 
 func among(all []Key, fits func(Key) bool) []Explanation {

@@ -173,6 +173,12 @@ func TestExplain(t *testing.T) {
 			t.Errorf("%s: got %s, %s", tt.ask, found[0].Key.Key, found[0].Note)
 		}
 	}
+	for table, key := range map[string]string{"cni": "bin_dirs", `"io.containerd.nri.v1.nri"`: "socket_path", "runtimes.kata": "runtime_type"} {
+		found, err := Explain(table)
+		if err != nil || len(found) < 5 || !strings.HasSuffix(found[0].Key.Key, "."+key) && !strings.HasSuffix(found[1].Key.Key, "."+key) {
+			t.Errorf("table %s: %+v, %v", table, found, err)
+		}
+	}
 	if _, err := Explain("snapshoter"); !errors.Is(err, errdefs.ErrNotFound) || !strings.Contains(err.Error(), `"snapshotter"`) {
 		t.Errorf("got %v", err)
 	}
@@ -222,6 +228,18 @@ func FuzzMigrate(f *testing.F) {
 		if before.Root != after.Root || before.Address != after.Address || before.Images.Snapshotter != after.Images.Snapshotter ||
 			len(before.Runtime.Containerd.Runtimes) != len(after.Runtime.Containerd.Runtimes) {
 			t.Errorf("%+v became %+v by\n%s", before, after, out.String())
+		}
+	})
+}
+
+func FuzzExplain(f *testing.F) {
+	for _, k := range []string{"snapshotter", `plugins."io.containerd.grpc.v1.cri".sandbox_image`, "cni", "runtimes.x.options.BinaryName", "a=1\nb", `"\u0041"`, "'"} {
+		f.Add(k)
+	}
+	f.Fuzz(func(t *testing.T, key string) {
+		found, err := Explain(key)
+		if (err == nil) != (len(found) > 0) {
+			t.Errorf("%q: %d keys and %v", key, len(found), err)
 		}
 	})
 }

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 
 	"github.com/containerd/errdefs"
@@ -97,7 +98,9 @@ func (l *loader) loadFile(path string, p pending) ([]pending, error) {
 		return nil, err
 	}
 	l.config.Files = append(l.config.Files, path)
+	before := len(l.settings)
 	version, imports, err := l.decode(path, data, p.version)
+	l.warnMode(path, l.settings[before:])
 	var more []pending
 	for _, pattern := range imports {
 		if !filepath.IsAbs(pattern) {
@@ -126,6 +129,26 @@ func readFile(path string) ([]byte, error) {
 		return nil, fmt.Errorf("read configuration: %w", err)
 	}
 	return data, nil
+}
+
+// warnMode warns of a file that the wrong people can write, or read where it
+// holds a secret.
+func (l *loader) warnMode(path string, settings []setting) {
+	info, err := os.Stat(path)
+	if err != nil {
+		return // it was read just now
+	}
+	if info.Mode().Perm()&0o002 != 0 {
+		l.warnings = append(l.warnings, Warning{Where: path + ":1", Key: filepath.Base(path),
+			Message: fmt.Sprintf("can be written by others (mode %o), who have all rights on this machine through it: chmod o-w", info.Mode().Perm())})
+	}
+	for _, s := range settings {
+		t, _, ok := lookup(s.path)
+		if ok && t == reflect.TypeFor[Secret]() && !isZero(s) && info.Mode().Perm()&0o044 != 0 {
+			l.warnings = append(l.warnings, Warning{Where: s.place.String(), Key: s.wrote.String(),
+				Message: fmt.Sprintf("is a secret in a file that others can read (mode %o): chmod 600", info.Mode().Perm())})
+		}
+	}
 }
 
 // finish derives what follows from other keys and judges the whole.

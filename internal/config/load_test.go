@@ -245,7 +245,7 @@ func TestFaults(t *testing.T) {
 		{"secret of a wrong type", "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.configs.\"r\".auth]\npassword = 73313\n", []string{":3:", "password is a string"}},
 		{"key model", images + "image_decryption = { key_model = \"cloud\" }\n", []string{":3:", "cloud"}},
 		{"import that is not there", "version = 3\nimports = [\"/nowhere/x.toml\"]\n", []string{"imports", "/nowhere/x.toml"}},
-		{"slip in an option of a list", "version = 3\n[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\nplatfrom = \"linux/amd64\"\n", []string{":2:", `did you mean "platform"?`}},
+		{"slip in an option of a list", "version = 3\n[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\nplatforn = \"linux/amd64\"\n", []string{":2:", `did you mean "platform"?`}},
 		{"slip", images + "snapshoter = \"native\"\n", []string{":3:", `plugins."io.containerd.cri.v1.images".snapshoter`, `did you mean "snapshotter"?`}},
 		{"other case", runtime + "cni = { binDir = \"/a\" }\n", []string{":3:", `did you mean "bin_dir"?`}},
 		{"wrong table", runtime + "stream_server_port = \"1\"\n", []string{":3:", `[plugins."io.containerd.grpc.v1.cri"]`}},
@@ -315,6 +315,35 @@ func TestDamageIsBounded(t *testing.T) {
 		}
 		if err == nil || !errors.Is(err, errdefs.ErrInvalidArgument) || len(err.Error()) > 1<<16 {
 			t.Errorf("%s: %.200v", name, err)
+		}
+	}
+}
+
+// Whoever writes the file is root; whoever reads it has its secrets.
+func TestModesOfFiles(t *testing.T) {
+	path := write(t, t.TempDir(), "c.toml", "version = 2\n[plugins.\"io.containerd.grpc.v1.cri\".registry.configs.r.auth]\nusername = \"u\"\npassword = \"hunter2\"\n")
+	for mode, want := range map[os.FileMode][]string{0o600: nil, 0o644: {"password is a secret"}, 0o666: {"password is a secret", "can be written by others"}, 0o602: {"can be written"}} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		c, err := Load(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var modes []string
+		for _, w := range c.Warnings {
+			if strings.Contains(w.Message, "mode") {
+				modes = append(modes, w.String())
+			}
+		}
+		if len(modes) != len(want) {
+			t.Errorf("mode %o: %q, want %q", mode, modes, want)
+		}
+		for _, w := range want {
+			warned(t, c, w)
+		}
+		if text := fmt.Sprintf("%v %+v %#v", c, c, c); strings.Contains(text, "hunter2") {
+			t.Errorf("the password is printed: %s", text)
 		}
 	}
 }

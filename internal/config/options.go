@@ -51,7 +51,8 @@ type ShimOptions struct {
 // not here has ShimOptions.
 func optionTypes() map[string]reflect.Type {
 	return map[string]reflect.Type{
-		RuncType: reflect.TypeFor[RuncOptions](),
+		RuncType:    reflect.TypeFor[RuncOptions](),
+		MachineType: reflect.TypeFor[MachineOptions](),
 	}
 }
 
@@ -122,8 +123,13 @@ func (c Config) SystemdCgroup() bool {
 
 // checkOptions judges the options of a handler by its runtime_type.
 func (h Handler) checkOptions() error {
+	if h.IsMachine() {
+		return h.checkMachine()
+	}
 	t, ok := optionTypes()[h.RuntimeType]
 	switch {
+	case h.IsMachine():
+		return h.checkMachine()
 	case ok:
 		return h.DecodeOptions(reflect.New(t).Interface())
 	case h.RuntimeType == "":

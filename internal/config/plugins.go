@@ -54,15 +54,15 @@ type NRI struct {
 	PluginRequestTimeout Duration `toml:"plugin_request_timeout" since:"1.7"`
 	// DisableConnections takes no plugins but those of PluginPath.
 	DisableConnections bool         `toml:"disable_connections" since:"1.7"`
-	DefaultValidator   NRIValidator `toml:"default_validator" since:"2.1"`
+	DefaultValidator   NRIValidator `toml:"default_validator" since:"2.2"`
 }
 
 // NRIValidator is the table default_validator of NRI: what plugins may not adjust.
 type NRIValidator struct {
 	// Enable turns the checks on.
-	Enable bool `toml:"enable" since:"2.1"`
+	Enable bool `toml:"enable" since:"2.2"`
 	// RejectOCIHookAdjustment refuses OCI hooks.
-	RejectOCIHookAdjustment bool `toml:"reject_oci_hook_adjustment" since:"2.1"`
+	RejectOCIHookAdjustment bool `toml:"reject_oci_hook_adjustment" since:"2.2"`
 	// RejectRuntimeDefaultSeccompAdjustment refuses changes of the default seccomp profile.
 	RejectRuntimeDefaultSeccompAdjustment bool `toml:"reject_runtime_default_seccomp_adjustment" since:"2.2"`
 	// RejectUnconfinedSeccompAdjustment refuses a profile for containers that have none.
@@ -74,9 +74,9 @@ type NRIValidator struct {
 	// RejectSysctlAdjustment refuses changes of sysctls.
 	RejectSysctlAdjustment bool `toml:"reject_sysctl_adjustment" since:"2.2"`
 	// RequiredPlugins are the plugins without which no container is made.
-	RequiredPlugins []string `toml:"required_plugins" since:"2.1"`
+	RequiredPlugins []string `toml:"required_plugins" since:"2.2"`
 	// TolerateMissingPluginsAnnotation is the annotation of pods that may do without them.
-	TolerateMissingPluginsAnnotation string `toml:"tolerate_missing_plugins_annotation" since:"2.1"`
+	TolerateMissingPluginsAnnotation string `toml:"tolerate_missing_plugins_annotation" since:"2.2"`
 }
 
 // Transfer is [plugins."io.containerd.transfer.v1.local"]: how images are
@@ -108,11 +108,11 @@ type UnpackConfig struct {
 	// Differ is how it is unpacked.
 	Differ string `toml:"differ" since:"1.7"`
 	// ConfigType is the media type of the images' configurations.
-	ConfigType string `toml:"config_type" since:"2.2"`
+	ConfigType string `toml:"config_type" since:"2.1"`
 	// LayerTypes are media types of layers.
-	LayerTypes []string `toml:"layer_types" since:"2.2"`
+	LayerTypes []string `toml:"layer_types" since:"2.1"`
 	// Optional makes nothing of a snapshotter that is not there.
-	Optional bool `toml:"optional" since:"2.2"`
+	Optional bool `toml:"optional" since:"2.3"`
 }
 
 // Tasks is [plugins."io.containerd.service.v1.tasks-service"].
@@ -128,7 +128,7 @@ type Differs struct {
 	// Order are the ways to unpack a layer, the first that can wins.
 	Order []string `toml:"default" since:"1.1"`
 	// SyncFS writes the file system through to the disk after each layer.
-	SyncFS bool `toml:"sync_fs" since:"2.1"`
+	SyncFS bool `toml:"sync_fs" since:"1.7"`
 }
 
 // ErofsDiffer is [plugins."io.containerd.differ.v1.erofs"].
@@ -146,13 +146,13 @@ type Overlayfs struct {
 	// RootPath is the snapshotter's folder; empty is one below root.
 	RootPath string `toml:"root_path" since:"1.1"`
 	// UpperdirLabel notes the upper folder in a label of the snapshot.
-	UpperdirLabel bool `toml:"upperdir_label" since:"1.5"`
+	UpperdirLabel bool `toml:"upperdir_label" since:"1.6"`
 	// SyncRemove removes the folders of a snapshot at once instead of later.
 	SyncRemove bool `toml:"sync_remove" since:"1.6"`
 	// SlowChown changes owners file by file where the kernel cannot map ids.
 	SlowChown bool `toml:"slow_chown" since:"2.0"`
 	// MountOptions are further options of overlay mounts.
-	MountOptions []string `toml:"mount_options" since:"1.7"`
+	MountOptions []string `toml:"mount_options" since:"1.6"`
 }
 
 // SnapshotterRoot is the table of a snapshotter that has a folder and nothing
@@ -192,9 +192,9 @@ type Devmapper struct {
 	// AsyncRemove removes devices later.
 	AsyncRemove bool `toml:"async_remove" since:"1.3"`
 	// DiscardBlocks gives the blocks of a removed device back.
-	DiscardBlocks bool `toml:"discard_blocks" since:"1.5"`
+	DiscardBlocks bool `toml:"discard_blocks" since:"1.6"`
 	// FSType is the file system of disks.
-	FSType string `toml:"fs_type" since:"1.5"`
+	FSType string `toml:"fs_type" since:"1.6"`
 	// FSOptions are arguments of mkfs.
 	FSOptions string `toml:"fs_options" since:"1.6"`
 }
@@ -210,7 +210,7 @@ type Blockfile struct {
 	// MountOptions are options of its mounts.
 	MountOptions []string `toml:"mount_options" since:"1.7"`
 	// RecreateScratch copies the scratch file anew at each start.
-	RecreateScratch bool `toml:"recreate_scratch" since:"1.7"`
+	RecreateScratch bool `toml:"recreate_scratch" since:"2.0"`
 }
 
 // Bolt is [plugins."io.containerd.metadata.v1.bolt"].
@@ -251,7 +251,7 @@ type ShimManager struct {
 	// Env are further variables of external shims, NAME=VALUE.
 	Env []string `toml:"env" since:"2.0"`
 	// SocketDir is where external shims make their sockets; empty is below state.
-	SocketDir string `toml:"socket_dir" since:"2.4"`
+	SocketDir string `toml:"socket_dir" since:"2.3"`
 }
 
 // TaskManager is [plugins."io.containerd.runtime.v2.task"].
@@ -317,9 +317,9 @@ type OTLP struct {
 type GRPCServer struct {
 	// Address is the path of the CRI socket. It is in the state folder unless it is set.
 	Address string `toml:"address" since:"1.0"`
-	// UID owns the socket.
+	// UID owns the socket. Whoever can use it has all rights on the machine.
 	UID int `toml:"uid" since:"1.0"`
-	// GID owns the socket.
+	// GID is the group that may use the socket; 0 is none but root's.
 	GID int `toml:"gid" since:"1.0"`
 	// MaxRecvMessageSize bounds requests, in bytes.
 	MaxRecvMessageSize int `toml:"max_recv_message_size" since:"1.1"`

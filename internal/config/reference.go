@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 )
 
 // The comments of the structs are the text of the reference: one source for
@@ -177,8 +178,11 @@ func sortedKeys(m reflect.Value) []reflect.Value {
 	return slices.SortedFunc(slices.Values(m.MapKeys()), func(a, b reflect.Value) int { return cmp.Compare(a.String(), b.String()) })
 }
 
-// fieldDocs reads the comments of all structs: "Type.Field" → text.
-func fieldDocs() (map[string]string, error) {
+// fieldDocs gives the comments of all structs: "Type.Field" → text. They are
+// read once and not changed.
+var fieldDocs = sync.OnceValues(readFieldDocs)
+
+func readFieldDocs() (map[string]string, error) {
 	files, err := fs.Glob(sources, "*.go")
 	if err != nil {
 		return nil, fmt.Errorf("list the sources of the reference: %w", err)
@@ -257,13 +261,13 @@ func liveKeys() []keyPath {
 		plugin(imagesPlugin, "runtime_platforms"),
 		plugin(imagesPlugin, "image_decryption"),
 		{"stream_processors"},
+		{"cloister", "credentials"},
 		plugin(runtimePlugin, "cni"),
 		plugin(runtimePlugin, "containerd", "runtimes"),
 		plugin(runtimePlugin, "containerd", "default_runtime_name"),
 		plugin(runtimePlugin, "ignore_deprecation_warnings"),
 		{"cloister", "cgroup_driver"},
 		{"cloister", "handlers"},
-		{"cloister", "credentials"},
 	}
 }
 

@@ -32,7 +32,7 @@ type Runtime struct {
 	IgnoreImageDefinedVolumes bool `toml:"ignore_image_defined_volumes" since:"1.5"`
 	// NetNSMountsUnderStateDir pins network namespaces under the state folder
 	// instead of /var/run/netns.
-	NetNSMountsUnderStateDir bool `toml:"netns_mounts_under_state_dir" since:"1.6"`
+	NetNSMountsUnderStateDir bool `toml:"netns_mounts_under_state_dir" since:"1.5"`
 	// EnableUnprivilegedPorts lets any user of a pod with its own network bind ports below 1024.
 	EnableUnprivilegedPorts bool `toml:"enable_unprivileged_ports" since:"1.6"`
 	// EnableUnprivilegedICMP lets any user of a pod with its own network ping.
@@ -44,16 +44,16 @@ type Runtime struct {
 	// DrainExecSyncIOTimeout is how long ExecSync waits for the end of output
 	// after the command has ended, which a child of it may hold open; 0 waits for as
 	// long as the caller does, as containerd does unless told otherwise.
-	DrainExecSyncIOTimeout Duration `toml:"drain_exec_sync_io_timeout" since:"1.7"`
+	DrainExecSyncIOTimeout Duration `toml:"drain_exec_sync_io_timeout" since:"1.6"`
 	// IgnoreDeprecationWarnings are the keys whose deprecation Status does not
 	// tell of, as `cloister config validate` writes them; "*" is all.
-	IgnoreDeprecationWarnings []string `toml:"ignore_deprecation_warnings" since:"2.0"`
+	IgnoreDeprecationWarnings []string `toml:"ignore_deprecation_warnings" since:"1.6"`
 	// StatsCollectPeriod is the time between two readings of CPU statistics.
 	StatsCollectPeriod Duration `toml:"stats_collect_period" since:"2.3"`
 	// StatsRetentionPeriod is how long readings of CPU statistics are kept.
 	StatsRetentionPeriod Duration `toml:"stats_retention_period" since:"2.3"`
 	// EnableCRIU lets kubelet checkpoint containers.
-	EnableCRIU bool `toml:"enable_criu" since:"2.3"`
+	EnableCRIU bool `toml:"enable_criu" since:"2.4"`
 }
 
 // CNI is the table cni of Runtime. It acts when Cloister.Network is "cni".
@@ -73,7 +73,7 @@ type CNI struct {
 	IPPref string `toml:"ip_pref" since:"1.6"`
 	// UseInternalLoopback sets lo up without the loopback plugin. It is done so
 	// in either case: pods cannot tell.
-	UseInternalLoopback bool `toml:"use_internal_loopback" since:"2.1"`
+	UseInternalLoopback bool `toml:"use_internal_loopback" since:"2.0"`
 }
 
 // Containerd is the table containerd of Runtime: the runtime handlers.
@@ -87,7 +87,7 @@ type Containerd struct {
 	Runtimes map[string]Handler `toml:"runtimes" since:"1.2"`
 	// IgnoreBlockIONotEnabledErrors runs a container without its blockio class
 	// where none are configured, instead of refusing it.
-	IgnoreBlockIONotEnabledErrors bool `toml:"ignore_blockio_not_enabled_errors" since:"1.6"`
+	IgnoreBlockIONotEnabledErrors bool `toml:"ignore_blockio_not_enabled_errors" since:"1.7"`
 	// IgnoreRDTNotEnabledErrors runs a container without its RDT class where the
 	// machine has none, instead of refusing it.
 	IgnoreRDTNotEnabledErrors bool `toml:"ignore_rdt_not_enabled_errors" since:"1.6"`
@@ -122,7 +122,7 @@ type Handler struct {
 	// With "shim" it is the shim through the Sandbox API, as Cloister's own do always.
 	Sandboxer string `toml:"sandboxer" since:"2.0"`
 	// DisablePauseImagePull keeps the pause image from being fetched; no pod needs it.
-	DisablePauseImagePull bool `toml:"disable_pause_image_pull" since:"2.3"`
+	DisablePauseImagePull bool `toml:"disable_pause_image_pull" since:"2.4"`
 	// IOType is how an external shim's streams travel; only "fifo" (also "") is there.
 	IOType string `toml:"io_type" since:"2.0"`
 	// TreatROMountsAsRRO makes read-only mounts of volumes recursively read-only:

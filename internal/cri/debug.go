@@ -29,11 +29,18 @@ type Keeper interface {
 	Prune(ctx context.Context, o image.PruneOptions) ([]image.Pruned, error)
 }
 
+// Machinist knows the pods' virtual machines.
+type Machinist interface {
+	Machines(ctx context.Context, pod string, console bool) ([]pod.Machine, error)
+	RunInMachine(ctx context.Context, pod string, args []string) (pod.MachineRun, error)
+}
+
 // Debug is the service for Cloister's own command line, on CRI's socket.
 type Debug struct {
 	debugv1.UnimplementedDebugServer
-	Pods   Checker
-	Images Keeper
+	Pods    Checker
+	Images  Keeper
+	Machine Machinist
 }
 
 // Register adds the service to g.
@@ -135,4 +142,27 @@ func pullProgress(p image.Progress) *debugv1.PullProgressResponse {
 		resp.Layers = append(resp.Layers, &debugv1.Layer{Digest: l.Digest.String(), State: states[l.State], Offset: l.Offset, Total: l.Total})
 	}
 	return resp
+}
+
+// Machines lists the virtual machines.
+func (d *Debug) Machines(ctx context.Context, r *debugv1.MachinesRequest) (*debugv1.MachinesResponse, error) {
+	all, err := d.Machine.Machines(ctx, r.GetPod(), r.GetConsole())
+	if err != nil {
+		return nil, err
+	}
+	resp := &debugv1.MachinesResponse{}
+	for _, m := range all {
+		resp.Machines = append(resp.Machines, &debugv1.Machine{Pod: m.Pod, Pid: m.Pid, MachineType: m.Type, Accel: m.Accel, Kernel: m.Kernel,
+			Cpus: m.CPUs, Memory: m.Memory, State: m.State, BootMillis: m.BootMillis, Console: m.Console})
+	}
+	return resp, nil
+}
+
+// RunInMachine runs a program of a guest.
+func (d *Debug) RunInMachine(ctx context.Context, r *debugv1.RunInMachineRequest) (*debugv1.RunInMachineResponse, error) {
+	out, err := d.Machine.RunInMachine(ctx, r.GetPod(), r.GetArgs())
+	if err != nil {
+		return nil, err
+	}
+	return &debugv1.RunInMachineResponse{Status: out.Status, Stdout: out.Stdout, Stderr: out.Stderr}, nil
 }

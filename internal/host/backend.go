@@ -90,6 +90,11 @@ type Backend interface {
 	StopSandbox(ctx context.Context, s *SandboxSpec, p Process) error
 }
 
+// TerminalResizer is a backend whose Started.Console is no terminal itself.
+type TerminalResizer interface {
+	ResizeTerminal(ctx context.Context, t *TaskSpec, p Process, width, height uint32) error
+}
+
 // Process names a process of a task for good.
 type Process struct {
 	Pid   int    `json:"pid,omitempty"`
@@ -126,6 +131,10 @@ type TaskSpec struct {
 	Rootfs     []Mount `json:"rootfs,omitempty"`
 	Runtime    Runtime `json:"runtime"`
 	RunOnStart bool    `json:"runOnStart,omitempty"`
+	// Sandbox is the task's sandbox and TargetTask the one whose PID namespace
+	// it joins, as far as the client told.
+	Sandbox    string `json:"sandbox,omitempty"`
+	TargetTask string `json:"targetTask,omitempty"`
 }
 
 // Runtime says which OCI runtime runs a task.
@@ -159,4 +168,12 @@ type SandboxSpec struct {
 	CgroupPath    string            `json:"cgroupPath,omitempty"`
 	Annotations   map[string]string `json:"annotations,omitempty"`
 	Extra         []byte            `json:"extra,omitempty"` // an Any for the backend alone
+
+	// What concerns sandboxes with a kernel of their own.
+	NodeNamespaces []string          `json:"nodeNamespaces,omitempty"` // "network", "pid", "ipc"
+	Hostname       string            `json:"hostname,omitempty"`
+	Sysctls        map[string]string `json:"sysctls,omitempty"`
+	CPUQuota       int64             `json:"cpuQuota,omitempty"` // sums of all containers' limits
+	CPUPeriod      int64             `json:"cpuPeriod,omitempty"`
+	MemoryLimit    int64             `json:"memoryLimit,omitempty"`
 }

@@ -10,6 +10,7 @@ import (
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	runcopts "github.com/containerd/containerd/api/types/runc/options"
+	runtimeopts "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
@@ -57,6 +58,7 @@ func (rec *taskRecord) readOptions(r *taskapi.CreateTaskRequest) error {
 		if err := proto.Unmarshal(r.Options.Value, &runc); err != nil {
 			return fmt.Errorf("task %s: options: %w: %w", r.ID, err, errdefs.ErrInvalidArgument)
 		}
+	case isType(r.Options, &runtimeopts.Options{}): // containerd's for any shim; they were read when the sandbox was made
 	default:
 		return fmt.Errorf("task %s: options of type %q are not known here: %w", r.ID, r.Options.TypeUrl, errdefs.ErrInvalidArgument)
 	}
@@ -70,7 +72,7 @@ func (rec *taskRecord) readOwn(o *hostv1.TaskOptions) error {
 	s := &rec.Spec
 	s.Runtime = Runtime{Binary: o.BinaryName, Root: o.Root, SystemdCgroup: o.SystemdCgroup, NoNewKeyring: o.NoNewKeyring,
 		NoPivotRoot: o.NoPivotRoot, NoCgroup: o.NoCgroup}
-	s.RunOnStart = o.RunOnStart
+	s.RunOnStart, s.Sandbox, s.TargetTask = o.RunOnStart, o.SandboxId, o.TargetTask
 	log := o.GetLog()
 	if p := log.GetPath(); p != "" && (!filepath.IsAbs(p) || filepath.Clean(p) != p) {
 		return fmt.Errorf("task %s: log path %q is not a clean absolute path: %w", s.ID, p, errdefs.ErrInvalidArgument)

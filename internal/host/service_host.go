@@ -42,7 +42,7 @@ func (s hostService) Inspect(_ context.Context, r *hostv1.InspectRequest) (*host
 	resp := &hostv1.InspectResponse{Pid: uint32(p.Pid), LogPath: rec.IO.LogPath, OomKilled: rec.OOM && r.ExecId == ""}
 	if exit != nil && ended {
 		resp.Exited, resp.ExitStatus, resp.ExitedAt = true, uint32(exit.Status), timestamppb.New(exit.At)
-		resp.StatusUnknown = exit.Unknown
+		resp.StatusUnknown, resp.Reason = exit.Unknown, exit.Reason
 	}
 	return resp, nil
 }
@@ -173,4 +173,47 @@ func (s hostService) CloseIO(_ context.Context, r *hostv1.CloseIORequest) (*empt
 		return nil, fmt.Errorf("streams of task %q: %w", r.Id, errdefs.ErrNotFound)
 	}
 	return &emptypb.Empty{}, nil
+}
+
+// Machines is what a backend has whose sandboxes are virtual machines.
+type Machines interface {
+	// Forward connects a port on the sandbox's loopback address with the unix
+	// socket on which the client listens.
+	Forward(ctx context.Context, sandbox string, port uint16, socket string) error
+	Machines(ctx context.Context, r *hostv1.MachinesRequest) (*hostv1.MachinesResponse, error)
+	RunInMachine(ctx context.Context, r *hostv1.RunInMachineRequest) (*hostv1.RunInMachineResponse, error)
+}
+
+func (s hostService) machines() (Machines, error) {
+	if m, ok := s.h.backend.(Machines); ok {
+		return m, nil
+	}
+	return nil, fmt.Errorf("the sandboxes of backend %s are no virtual machines: %w", s.h.backend.Name(), errdefs.ErrNotImplemented)
+}
+
+func (s hostService) Forward(ctx context.Context, r *hostv1.ForwardRequest) (*emptypb.Empty, error) {
+	m, err := s.machines()
+	if err != nil {
+		return nil, err
+	}
+	if r.Port == 0 || r.Port > 0xffff {
+		return nil, fmt.Errorf("port %d does not exist: %w", r.Port, errdefs.ErrInvalidArgument)
+	}
+	return &emptypb.Empty{}, m.Forward(ctx, r.SandboxId, uint16(r.Port), r.Socket)
+}
+
+func (s hostService) Machines(ctx context.Context, r *hostv1.MachinesRequest) (*hostv1.MachinesResponse, error) {
+	m, err := s.machines()
+	if err != nil {
+		return nil, err
+	}
+	return m.Machines(ctx, r)
+}
+
+func (s hostService) RunInMachine(ctx context.Context, r *hostv1.RunInMachineRequest) (*hostv1.RunInMachineResponse, error) {
+	m, err := s.machines()
+	if err != nil {
+		return nil, err
+	}
+	return m.RunInMachine(ctx, r)
 }

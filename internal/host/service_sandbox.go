@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"sync"
 	"time"
 
@@ -157,6 +158,14 @@ func (s sandboxService) CreateSandbox(_ context.Context, r *sandboxapi.CreateSan
 			return nil, fmt.Errorf("sandbox %s: options: %w: %w", r.SandboxID, err, errdefs.ErrInvalidArgument)
 		}
 		spec.SharePID, spec.UserNamespace, spec.CgroupPath = o.SharePid, o.UserNamespace, o.CgroupPath
+		spec.Hostname, spec.Sysctls = o.Hostname, o.Sysctls
+		spec.CPUQuota, spec.CPUPeriod, spec.MemoryLimit = o.CpuQuota, o.CpuPeriod, o.MemoryLimit
+		for ns, wanted := range map[string]bool{"network": o.HostNetwork, "pid": o.HostPid, "ipc": o.HostIpc} {
+			if wanted {
+				spec.NodeNamespaces = append(spec.NodeNamespaces, ns)
+			}
+		}
+		slices.Sort(spec.NodeNamespaces)
 		if o.Extra != nil {
 			spec.Extra = o.Extra.Value
 		}

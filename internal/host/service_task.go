@@ -312,27 +312,32 @@ func (s taskService) Stats(ctx context.Context, r *taskapi.StatsRequest) (*taska
 	return &taskapi.StatsResponse{Stats: a}, nil
 }
 
-func (s taskService) ResizePty(_ context.Context, r *taskapi.ResizePtyRequest) (*emptypb.Empty, error) {
+func (s taskService) ResizePty(ctx context.Context, r *taskapi.ResizePtyRequest) (*emptypb.Empty, error) {
 	t, err := s.h.task(r.ID)
 	if err != nil {
 		return nil, err
 	}
-	switch {
-	case r.ExecID != "":
+	rec := t.record()
+	p := rec.Init
+	t.mu.Lock()
+	term := t.term
+	t.mu.Unlock()
+	if r.ExecID != "" {
 		x, err := t.exec(r.ExecID)
 		if err != nil {
 			return nil, err
 		}
+		p = x.record().Init
 		x.mu.Lock()
-		term := x.term
+		term = x.term
 		x.mu.Unlock()
-		return &emptypb.Empty{}, term.resize(r.Width, r.Height)
-	case t.io != nil:
+	}
+	switch b, elsewhere := s.h.backend.(TerminalResizer); {
+	case elsewhere:
+		return &emptypb.Empty{}, b.ResizeTerminal(ctx, &rec.Spec, p, r.Width, r.Height)
+	case r.ExecID == "" && t.io != nil:
 		return &emptypb.Empty{}, t.io.resize(r.Width, r.Height)
 	}
-	t.mu.Lock()
-	term := t.term
-	t.mu.Unlock()
 	return &emptypb.Empty{}, term.resize(r.Width, r.Height)
 }
 

@@ -13,10 +13,10 @@ import (
 // function means that the node has no such classes.
 type Classes struct {
 	// BlockIO gives the limits and weights of a blockio class.
-	BlockIO func(class string) (*specs.LinuxBlockIO, error)
+	BlockIO func(class string) (*specs.LinuxBlockIO, error) `json:"-"`
 	// RDT tells whether a container may have the class of cache and memory
 	// bandwidth that annotations of it, or of its pod, name.
-	RDT func(container string, annotations, podAnnotations map[string]string) error
+	RDT func(container string, annotations, podAnnotations map[string]string) error `json:"-"`
 	// IgnoreNoBlockIO and IgnoreNoRDT run a container without its class where
 	// the node has none, instead of refusing it.
 	IgnoreNoBlockIO, IgnoreNoRDT bool

@@ -69,6 +69,7 @@ func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container)
 		Bundle: c.record().Bundle, Terminal: cfg.Tty, Stdin: cfg.Stdin, StdinOnce: cfg.StdinOnce,
 		LogPath: c.record().LogPath, LogMaxLine: s.o.LogMaxLine,
 		IOUid: rootOf(sb.record().UIDs), IOGid: rootOf(sb.record().GIDs),
+		TargetTask: cfg.GetLinux().GetSecurityContext().GetNamespaceOptions().GetTargetId(),
 	}
 	var pid uint32
 	err := timed(s.o.Observer.Shim, "start container", func() (err error) {
@@ -151,7 +152,7 @@ func (s *Service) noteExit(c *container, e shim.Exit) error {
 		case e.Status == 0:
 			r.Reason = "Completed"
 		default:
-			r.Reason = "Error"
+			r.Reason, r.Message = "Error", e.Reason
 		}
 		if r.FinishedAt.IsZero() || r.FinishedAt.Unix() <= 0 {
 			r.FinishedAt = time.Now()

@@ -6,10 +6,8 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -245,65 +243,4 @@ func followSize(ctx context.Context, e shim.Exec, resize <-chan Size) {
 			}
 		}
 	}
-}
-
-// PortForward connects conn to a port of the pod, on its loopback address.
-func (s *Service) PortForward(ctx context.Context, sandboxID string, port int32, conn io.ReadWriteCloser) error {
-	sb, err := s.index.sandbox(sandboxID)
-	if err != nil {
-		return err
-	}
-	v := sb.get()
-	if v.State != runtimeapi.PodSandboxState_SANDBOX_READY {
-		return fmt.Errorf("pod sandbox %.13s is not ready: %w", v.ID, errdefs.ErrFailedPrecondition)
-	}
-	peer, err := dialPod(ctx, v.NetNS, port)
-	if err != nil {
-		return fmt.Errorf("connect to port %d in pod %s: %w", port, sb.record().Name, err)
-	}
-	defer peer.Close()
-	stop := context.AfterFunc(ctx, func() { peer.Close(); conn.Close() })
-	defer stop()
-	var wg sync.WaitGroup
-	wg.Go(func() {
-		// Either side may go away at any time; the other direction tells.
-		_, _ = io.Copy(peer, conn)
-		if c, ok := peer.(*net.TCPConn); ok {
-			_ = c.CloseWrite()
-		}
-	})
-	_, err = io.Copy(conn, peer)
-	conn.Close()
-	wg.Wait()
-	if errors.Is(err, net.ErrClosed) || errors.Is(err, syscall.ECONNRESET) {
-		return nil
-	}
-	return err
-}
-
-// dialPod dials from inside the pod's network namespace; a socket stays in
-// the namespace that it was made in.
-func dialPod(ctx context.Context, netns string, port int32) (net.Conn, error) {
-	var c net.Conn
-	dial := func() error {
-		var errs []error
-		for _, host := range []string{"127.0.0.1", "::1"} {
-			var d net.Dialer
-			var err error
-			c, err = d.DialContext(ctx, "tcp", net.JoinHostPort(host, strconv.Itoa(int(port))))
-			if err == nil {
-				return nil
-			}
-			errs = append(errs, err)
-		}
-		return errors.Join(errs...)
-	}
-	run := func(f func() error) error { return f() }
-	if netns != "" {
-		run = func(f func() error) error { return inNetNS(netns, f) }
-	}
-	if err := run(dial); err != nil {
-		return nil, err
-	}
-	return c, nil
 }

@@ -109,11 +109,7 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	}
 
 	stage("starting the sandbox on its shim")
-	var pid uint32
-	err = timed(s.o.Observer.Shim, "start sandbox", func() (err error) {
-		pid, err = sb.handler.StartSandbox(ctx, s.shimRequest(sb))
-		return err
-	})
+	pid, err := s.startOnShim(ctx, sb)
 	if err != nil {
 		return err
 	}
@@ -121,10 +117,9 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	defer release()
 	if s.o.NRI.Active() {
 		stage("asking plugins")
-		undo.Add("tell plugins that there will be no pod", func(ctx context.Context) error {
-			return s.o.NRI.RemovePod(ctx, s.nriPod(sb, attached.IPs, pid))
-		})
-		if err := s.o.NRI.RunPod(ctx, s.nriPod(sb, attached.IPs, pid)); err != nil {
+		pod := s.nriPod(sb, attached.IPs, pid)
+		undo.Add("tell plugins that there will be no pod", func(ctx context.Context) error { return s.o.NRI.RemovePod(ctx, pod) })
+		if err := s.o.NRI.RunPod(ctx, pod); err != nil {
 			return err
 		}
 	}
@@ -167,6 +162,14 @@ func (s *Service) attachNetwork(ctx context.Context, sb *sandbox, stage func(str
 		return nil, fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
 	}
 	return attached, nil
+}
+
+func (s *Service) startOnShim(ctx context.Context, sb *sandbox) (pid uint32, err error) {
+	err = timed(s.o.Observer.Shim, "start sandbox", func() error {
+		pid, err = sb.handler.StartSandbox(ctx, s.shimRequest(sb))
+		return err
+	})
+	return pid, err
 }
 
 // usable tells why nothing can be started in the sandbox any more, if so.
@@ -224,14 +227,30 @@ func (s *Service) shimRequest(sb *sandbox) shim.SandboxRequest {
 	if parent := sb.record().Config.GetLinux().GetCgroupParent(); parent != "" && sb.record().SharePID && !sb.handler.Runtime.SystemdCgroup && !s.o.Node.CgroupDisabled {
 		r.Cgroup = filepath.Join(parent, sb.record().ID)
 	}
+	if sb.handler.Machine() {
+		s.describeMachine(sb, n, &r)
+	}
 	return r
 }
 
+// describeMachine adds what a pod with a kernel of its own has to do inside it.
+func (s *Service) describeMachine(sb *sandbox, n namespaces, r *shim.SandboxRequest) {
+	rec := sb.record()
+	o := rec.Config.GetLinux().GetSecurityContext().GetNamespaceOptions()
+	r.HostNetwork, r.HostIPC, r.HostPID = !n.net, !n.ipc, o.GetPid() == runtimeapi.NamespaceMode_NODE
+	r.Hostname, r.Sysctls = n.hostname, rec.Sysctls
+	if parent := oci.ParentCgroup(rec.CgroupParent); parent != "" {
+		r.Cgroup = filepath.Join(parent, rec.ID)
+	}
+	limits := rec.Resources
+	r.CPUQuota, r.CPUPeriod, r.MemoryLimit = limits.GetCpuQuota(), limits.GetCpuPeriod(), limits.GetMemoryLimitInBytes()
+}
+
 // watchHolder turns the sandbox not ready when the process that it depends on
-// ends, the holder of its shared PID namespace or a shim of its own: nothing
-// can be started in it any more.
+// ends, the holder of its shared PID namespace, a shim of its own or a virtual
+// machine: nothing can be started in it any more.
 func (s *Service) watchHolder(sb *sandbox) {
-	if h := sb.handler; h == nil || !h.External() && (sb.get().Pid == 0 || !sb.record().SharePID) {
+	if h := sb.handler; h == nil || !h.External() && !h.Machine() && (sb.get().Pid == 0 || !sb.record().SharePID) {
 		return
 	}
 	s.work.Go(func() {

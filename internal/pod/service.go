@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -46,6 +47,7 @@ type Options struct {
 	// a child of it may hold open; 0: as long as the caller waits.
 	DrainExecSync time.Duration
 	StatsPeriod   time.Duration              // statistics are no older than this
+	LayerPeriod   time.Duration              // between two measurements of a writable layer; 0: layerAge
 	PodRanges     func([]netip.Prefix) error // takes the node's pod ranges; nil: nobody wants them
 	VerboseInfo   func() map[string]any      // the configuration, as Status shows it
 	Conditions    func() []Condition         // further conditions of Status
@@ -67,6 +69,7 @@ type Service struct {
 	stats stats
 
 	attempts attempts
+	forwards atomic.Uint64 // names of sockets
 
 	ctx    context.Context // ends with the service; creations run on it
 	cancel context.CancelFunc

@@ -1,6 +1,7 @@
 package pod
 
 import (
+	"cmp"
 	"context"
 	"sync"
 	"time"
@@ -9,7 +10,7 @@ import (
 )
 
 const (
-	layerAge   = 10 * time.Second       // after which a writable layer is measured again
+	layerAge   = 10 * time.Second       // after which a writable layer is measured again, unless Options say
 	layerWait  = 500 * time.Millisecond // how long a call waits for layers never measured before
 	layerWidth = 2                      // walks at the same time
 )
@@ -34,7 +35,7 @@ func (s *Service) layerSize(ctx context.Context, id string, wait time.Time) (lay
 	l := &s.stats.container(id).layer
 	l.mu.Lock()
 	walked := l.walked
-	if walked == nil && (!l.known || time.Since(l.size.at) >= layerAge) && s.ctx.Err() == nil {
+	if walked == nil && (!l.known || time.Since(l.size.at) >= cmp.Or(s.o.LayerPeriod, layerAge)) && s.ctx.Err() == nil {
 		walked = make(chan struct{})
 		l.walked = walked
 		s.work.Go(func() { s.walkLayer(l, id, walked) })

@@ -13,6 +13,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
+	"google.golang.org/protobuf/types/known/anypb"
 
 	hostv1 "cloister.dev/api/host/v1"
 )
@@ -43,14 +44,31 @@ type Runtime struct {
 	CgroupWritable bool                `json:",omitempty"`
 	ReadOnlyMounts string              `json:",omitempty"` // treat_ro_mounts_as_rro
 	Rlimits        []specs.POSIXRlimit `json:",omitempty"`
-	Found          bool                `json:",omitempty"` // nobody configured it: it is on the machine
+	// Machine says how virtual machines are made.
+	Machine *hostv1.MachineOptions `json:",omitempty"`
+	Found   bool                   `json:",omitempty"` // nobody configured it: it is on the machine
 }
 
-// containerType is the runtime_type that the resident container backend serves.
-const containerType = "io.containerd.runc.v2"
+// Types that resident shims serve.
+const (
+	containerType = "io.containerd.runc.v2"
+	machineType   = "io.containerd.cloister-vm.v2"
+)
 
 func (r Runtime) resident() bool {
-	return r.Type == containerType && r.Path == "" && !r.ForceExternal
+	return (r.Type == containerType || r.Type == machineType) && r.Path == "" && !r.ForceExternal
+}
+
+// Machine tells whether each sandbox is a virtual machine of our own.
+func (h *Handler) Machine() bool { return h.Runtime.Type == machineType && h.Runtime.resident() }
+
+// home is the resident shim of the handler's sandboxes; for external shims it
+// is the one that keeps their streams.
+func (h *Handler) home() *resident {
+	if h.Machine() {
+		return h.client.machine
+	}
+	return h.client.container
 }
 
 // Found gives a handler for each OCI runtime in PATH: what a node has beside
@@ -98,6 +116,7 @@ type Client struct {
 	o         Options
 	self      string // this program, which external shims are told of
 	container *resident
+	machine   *resident
 	log       *slog.Logger
 
 	mu        sync.Mutex // guards what follows
@@ -134,7 +153,8 @@ func New(o Options) (*Client, error) {
 		return nil, fmt.Errorf("find this program: %w", err)
 	}
 	c := &Client{o: o, self: self, log: o.Log, externals: map[string]*external{}, kept: map[string]*Handler{}}
-	c.container = newResident(filepath.Join(o.State, "container"), o.Binary, o.LogLevel, o.Log)
+	c.container = newResident(filepath.Join(o.State, "container"), "container", o)
+	c.machine = newResident(filepath.Join(o.State, "vm"), "vm", o)
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	if err := c.Reload(o.Runtimes, o.Default); err != nil {
 		c.cancel()
@@ -148,6 +168,7 @@ func (c *Client) Close() {
 	c.cancel()
 	c.probes.Wait()
 	c.container.close()
+	c.machine.close()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, e := range c.externals {
@@ -262,10 +283,14 @@ func (h *Handler) probe(ctx context.Context) {
 
 // probeRuntime lets the resident shim try an OCI runtime.
 func (h *Handler) probeRuntime(ctx context.Context, binary string) Features {
+	extra, err := h.Runtime.extra()
+	if err != nil {
+		return Features{Reason: err.Error()}
+	}
 	var resp *hostv1.ProbeResponse
-	err := h.client.container.call(ctx, true, func(ctx context.Context, c *conn) (err error) {
+	err = h.home().call(ctx, true, func(ctx context.Context, c *conn) (err error) {
 		resp, err = c.host.Probe(ctx, &hostv1.ProbeRequest{
-			Binary: binary, Root: h.Runtime.Root, SystemdCgroup: h.Runtime.SystemdCgroup})
+			Binary: binary, Root: h.Runtime.Root, SystemdCgroup: h.Runtime.SystemdCgroup, Extra: extra})
 		return err
 	})
 	if err != nil {
@@ -273,6 +298,14 @@ func (h *Handler) probeRuntime(ctx context.Context, binary string) Features {
 	}
 	return Features{Works: resp.Works, Reason: resp.Reason, Path: resp.Path, Version: resp.Version, OCIVersion: resp.OciVersion,
 		RecursiveReadOnly: resp.RecursiveReadOnly, UserNamespaces: resp.UserNamespaces, IDMappedMounts: resp.IdmappedMounts, Millis: resp.Millis}
+}
+
+// extra are the options that the resident shim's backend alone understands.
+func (r Runtime) extra() (*anypb.Any, error) {
+	if r.Machine == nil {
+		return nil, nil
+	}
+	return anypb.New(r.Machine)
 }
 
 // probeExternal looks for the shim's program and tries the OCI runtime behind

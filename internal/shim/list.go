@@ -21,6 +21,7 @@ import (
 type Held struct {
 	Kind, ID string
 	Path     string // of the record
+	shim     *resident
 }
 
 var heldFolders = [...]struct{ kind, folder string }{{"task", "tasks"}, {"sandbox", "sandboxes"}, {"pump", "pumps"}}
@@ -29,18 +30,20 @@ var heldFolders = [...]struct{ kind, folder string }{{"task", "tasks"}, {"sandbo
 // neither starts the shim nor waits for it.
 func (c *Client) Held() ([]Held, error) {
 	var all []Held
-	for _, f := range heldFolders {
-		dir := filepath.Join(c.container.dir, f.folder)
-		entries, err := os.ReadDir(dir)
-		if errors.Is(err, fs.ErrNotExist) {
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("list what the shim holds: %w", err)
-		}
-		for _, e := range entries {
-			if e.IsDir() {
-				all = append(all, Held{Kind: f.kind, ID: e.Name(), Path: filepath.Join(dir, e.Name())})
+	for _, r := range []*resident{c.container, c.machine} {
+		for _, f := range heldFolders {
+			dir := filepath.Join(r.dir, f.folder)
+			entries, err := os.ReadDir(dir)
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				return nil, fmt.Errorf("list what the shim holds: %w", err)
+			}
+			for _, e := range entries {
+				if e.IsDir() {
+					all = append(all, Held{Kind: f.kind, ID: e.Name(), Path: filepath.Join(dir, e.Name()), shim: r})
+				}
 			}
 		}
 	}
@@ -49,8 +52,8 @@ func (c *Client) Held() ([]Held, error) {
 
 // Release ends what the resident shim holds of something that nobody owns, and
 // makes it forget that. A task is killed. What is absent is success.
-func (c *Client) Release(ctx context.Context, what Held) error {
-	err := c.container.call(ctx, true, func(ctx context.Context, cn *conn) error {
+func (*Client) Release(ctx context.Context, what Held) error {
+	err := what.shim.call(ctx, true, func(ctx context.Context, cn *conn) error {
 		switch what.Kind {
 		case "task":
 			return releaseTask(ctx, cn, what.ID)

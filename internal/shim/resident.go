@@ -17,17 +17,18 @@ import (
 // take its containers up again.
 type resident struct {
 	dialer
-	dir    string
-	binary string
-	level  string
-	log    *slog.Logger
+	dir     string
+	backend string
+	binary  string
+	level   string
+	log     *slog.Logger
 }
 
 // residentStart bounds the time from starting the shim to its first answer.
 const residentStart = 10 * time.Second
 
-func newResident(dir, binary, level string, log *slog.Logger) *resident {
-	r := &resident{dir: dir, binary: binary, level: level, log: log}
+func newResident(dir, backend string, o Options) *resident {
+	r := &resident{dir: dir, backend: backend, binary: o.Binary, level: o.LogLevel, log: o.Log}
 	r.connect = r.dialOrStart
 	return r
 }
@@ -71,7 +72,7 @@ func (r *resident) start() error {
 		return fmt.Errorf("open the shim's log: %w", err)
 	}
 	defer out.Close()
-	cmd := exec.Command(r.binary, "keep", "--state", r.dir, "--log-level", r.level)
+	cmd := exec.Command(r.binary, "keep", "--state", r.dir, "--backend", r.backend, "--log-level", r.level)
 	cmd.Dir = "/"
 	cmd.Stdout, cmd.Stderr = out, out
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

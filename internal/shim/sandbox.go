@@ -24,6 +24,12 @@ type SandboxRequest struct {
 	SharePID      bool
 	Annotations   map[string]string
 	ForeignConfig proto.Message // options for shims that are not ours
+
+	// What a sandbox with a kernel of its own is told.
+	HostNetwork, HostPID, HostIPC    bool // namespaces of the node that it wants
+	Hostname                         string
+	Sysctls                          map[string]string
+	CPUQuota, CPUPeriod, MemoryLimit int64 // sums of the containers' limits
 }
 
 // cleanTime bounds the clean-up after a failed start.
@@ -39,9 +45,14 @@ func (h *Handler) StartSandbox(ctx context.Context, r SandboxRequest) (pid uint3
 			err = errors.Join(err, h.ShutdownSandbox(clean, r.ID, r.Bundle))
 		}
 	}()
-	ours := &hostv1.SandboxOptions{SharePid: r.SharePID, UserNamespace: r.UserNS, CgroupPath: r.Cgroup}
+	ours := &hostv1.SandboxOptions{SharePid: r.SharePID, UserNamespace: r.UserNS, CgroupPath: r.Cgroup,
+		HostNetwork: r.HostNetwork, HostPid: r.HostPID, HostIpc: r.HostIPC, Hostname: r.Hostname, Sysctls: r.Sysctls,
+		CpuQuota: r.CPUQuota, CpuPeriod: r.CPUPeriod, MemoryLimit: r.MemoryLimit}
+	if ours.Extra, err = h.Runtime.extra(); err != nil {
+		return 0, fmt.Errorf("encode the handler's options: %w", err)
+	}
 	if h.Runtime.resident() {
-		pid, err = r.start(ctx, &h.client.container.dialer, ours)
+		pid, err = r.start(ctx, &h.home().dialer, ours)
 	} else {
 		var e *external
 		if e, err = h.client.startExternal(ctx, h, r.ID, r.Bundle); err != nil {
@@ -105,7 +116,7 @@ func (h *Handler) StopSandbox(ctx context.Context, id, bundle string) error {
 			return nil
 		}
 	}
-	return ignoreAbsent(h.client.container.call(ctx, true, stop))
+	return ignoreAbsent(h.home().call(ctx, true, stop))
 }
 
 // WaitSandbox blocks until the sandbox's holder has ended; on an external
@@ -116,7 +127,7 @@ func (h *Handler) WaitSandbox(ctx context.Context, id, bundle string) error {
 		return err
 	}
 	if h.Runtime.resident() {
-		return h.client.container.call(ctx, true, wait)
+		return h.home().call(ctx, true, wait)
 	}
 	err := h.onExternal(ctx, id, bundle, wait)
 	if errors.Is(err, errGone) {
@@ -145,7 +156,7 @@ func (h *Handler) ShutdownSandbox(ctx context.Context, id, bundle string) error 
 			return err
 		}
 	}
-	return ignoreAbsent(h.client.container.call(ctx, true, func(ctx context.Context, c *conn) error {
+	return ignoreAbsent(h.home().call(ctx, true, func(ctx context.Context, c *conn) error {
 		_, err := c.sandbox.ShutdownSandbox(ctx, &sandboxapi.ShutdownSandboxRequest{SandboxID: id})
 		return err
 	}))
@@ -172,11 +183,43 @@ func (h *Handler) onExternal(ctx context.Context, id, bundle string, f func(cont
 // connection gives the connection for an existing sandbox.
 func (h *Handler) connection(sandboxID, bundle string) (*dialer, error) {
 	if h.Runtime.resident() {
-		return &h.client.container.dialer, nil
+		return &h.home().dialer, nil
 	}
 	e, err := h.client.findExternal(sandboxID, bundle)
 	if err != nil {
 		return nil, err
 	}
 	return &e.dialer, nil
+}
+
+// Forward makes the sandbox's shim connect a port on the loopback address in
+// the sandbox's machine with the unix socket at path.
+func (h *Handler) Forward(ctx context.Context, id string, port uint16, path string) error {
+	return h.home().call(ctx, false, func(ctx context.Context, c *conn) error {
+		_, err := c.host.Forward(ctx, &hostv1.ForwardRequest{SandboxId: id, Port: uint32(port), Socket: path})
+		return err
+	})
+}
+
+// Machines lists the virtual machines of the node, with their consoles when
+// one is asked for.
+func (c *Client) Machines(ctx context.Context, sandbox string, console bool) ([]*hostv1.Machine, error) {
+	var all []*hostv1.Machine
+	err := c.machine.call(ctx, true, func(ctx context.Context, cn *conn) error {
+		resp, err := cn.host.Machines(ctx, &hostv1.MachinesRequest{SandboxId: sandbox, Console: console})
+		all = resp.GetMachines()
+		return err
+	})
+	return all, err
+}
+
+// RunInMachine runs a program of the guest; without arguments it gives the
+// guest's figures.
+func (c *Client) RunInMachine(ctx context.Context, sandbox string, args []string) (*hostv1.RunInMachineResponse, error) {
+	var out *hostv1.RunInMachineResponse
+	err := c.machine.call(ctx, false, func(ctx context.Context, cn *conn) (err error) {
+		out, err = cn.host.RunInMachine(ctx, &hostv1.RunInMachineRequest{SandboxId: sandbox, Args: args})
+		return err
+	})
+	return out, err
 }

@@ -36,6 +36,7 @@ type TaskRequest struct {
 	LogPath      string // empty: no log
 	LogMaxLine   int64
 	IOUid, IOGid uint32
+	TargetTask   string // whose PID namespace it joins, empty: none's
 }
 
 // Exit is how a process ended.
@@ -43,7 +44,8 @@ type Exit struct {
 	Status  uint32 // 128+n for signal n
 	At      time.Time
 	OOM     bool
-	Unknown bool // nobody could tell the status any more
+	Unknown bool   // nobody could tell the status any more
+	Reason  string // a sentence for people, where the status does not tell
 }
 
 // State is what a shim says of a container.
@@ -63,7 +65,7 @@ func (t Task) call(ctx context.Context, repeatable bool, f func(context.Context,
 
 // host calls the resident shim, which keeps the streams of every container.
 func (t Task) host(ctx context.Context, repeatable bool, f func(context.Context, *conn) error) error {
-	return t.h.client.container.call(ctx, repeatable, f)
+	return t.h.home().call(ctx, repeatable, f)
 }
 
 // Start runs the container and gives its pid. On error nothing of it is left
@@ -76,7 +78,8 @@ func (t Task) Start(ctx context.Context, r TaskRequest) (pid uint32, err error) 
 		create.Options, err = typeurl.MarshalAnyToProto(&hostv1.TaskOptions{
 			BinaryName: rt.Binary, Root: rt.Root, SystemdCgroup: rt.SystemdCgroup, NoNewKeyring: rt.NoNewKeyring,
 			Log: log, Stdin: r.Stdin, StdinOnce: r.StdinOnce, RunOnStart: true,
-			IoUid: cmp.Or(rt.IOUid, r.IOUid), IoGid: cmp.Or(rt.IOGid, r.IOGid), NoPivotRoot: rt.NoPivotRoot, NoCgroup: rt.NoCgroup})
+			IoUid: cmp.Or(rt.IOUid, r.IOUid), IoGid: cmp.Or(rt.IOGid, r.IOGid), NoPivotRoot: rt.NoPivotRoot, NoCgroup: rt.NoCgroup,
+			SandboxId: t.SandboxID, TargetTask: r.TargetTask})
 	} else {
 		err = t.prepareForeign(ctx, create, r, log)
 	}
@@ -141,7 +144,7 @@ func (t Task) State(ctx context.Context) (State, error) {
 	err := t.call(ctx, true, func(ctx context.Context, c *conn) error {
 		r, err := c.host.Inspect(ctx, &hostv1.InspectRequest{Id: t.ID})
 		if err == nil {
-			s = State{Pid: r.Pid, Exited: r.Exited, Exit: Exit{Status: r.ExitStatus, At: r.ExitedAt.AsTime(), OOM: r.OomKilled, Unknown: r.StatusUnknown}}
+			s = State{Pid: r.Pid, Exited: r.Exited, Exit: Exit{Status: r.ExitStatus, At: r.ExitedAt.AsTime(), OOM: r.OomKilled, Unknown: r.StatusUnknown, Reason: r.Reason}}
 		}
 		return err
 	})

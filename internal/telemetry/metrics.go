@@ -20,7 +20,7 @@ const namespace = "cloister"
 type Metrics struct {
 	registry *prometheus.Registry
 	calls    *prometheus.CounterVec
-	callTime *prometheus.HistogramVec // nil: only counted
+	callTime *prometheus.HistogramVec
 	stages   *prometheus.HistogramVec
 	pulls    *prometheus.HistogramVec
 	pulled   prometheus.Counter
@@ -35,8 +35,8 @@ var (
 	slow  = prometheus.ExponentialBuckets(0.05, 2, 14)  // 50 ms to 7 min
 )
 
-// NewMetrics makes metrics. With callTimes the time of every call is kept, too.
-func NewMetrics(version string, callTimes bool) *Metrics {
+// NewMetrics makes metrics, all at zero.
+func NewMetrics(version string) *Metrics {
 	histogram := func(name, help string, buckets []float64, labels ...string) *prometheus.HistogramVec {
 		return prometheus.NewHistogramVec(prometheus.HistogramOpts{Namespace: namespace, Name: name, Help: help, Buckets: buckets}, labels)
 	}
@@ -51,25 +51,20 @@ func NewMetrics(version string, callTimes bool) *Metrics {
 		network: histogram("network_seconds", "Time of attaching and detaching pods by result.", quick, "operation", "result"),
 		starts: prometheus.NewHistogram(prometheus.HistogramOpts{Namespace: namespace, Name: "pod_start_seconds",
 			Help: "Time from the request for a pod to its readiness.", Buckets: quick}),
-		shims: histogram("shim_seconds", "Time of what shims are asked for, by result.", quick, "operation", "result"),
+		callTime: histogram("cri_call_seconds", "Time of calls of the Container Runtime Interface.", quick, "call"),
+		shims:    histogram("shim_seconds", "Time of what shims are asked for, by result.", quick, "operation", "result"),
 	}
-	m.registry.MustRegister(m.calls, m.stages, m.pulls, m.pulled, m.network, m.starts, m.shims,
+	m.registry.MustRegister(m.calls, m.callTime, m.stages, m.pulls, m.pulled, m.network, m.starts, m.shims,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: namespace, Name: "build_info", Help: "The daemon's version.",
 			ConstLabels: prometheus.Labels{"version": version}}, func() float64 { return 1 }))
-	if callTimes {
-		m.callTime = histogram("cri_call_seconds", "Time of calls of the Container Runtime Interface.", quick, "call")
-		m.registry.MustRegister(m.callTime)
-	}
 	return m
 }
 
 // Call notes a call of CRI.
 func (m *Metrics) Call(name, code string, took time.Duration) {
 	m.calls.WithLabelValues(name, code).Inc()
-	if m.callTime != nil {
-		m.callTime.WithLabelValues(name).Observe(took.Seconds())
-	}
+	m.callTime.WithLabelValues(name).Observe(took.Seconds())
 }
 
 // Stage notes a stage of making something; the stages are few and fixed.

@@ -11,9 +11,11 @@
 //	BENCH_PARALLEL=5      how many at once in the parallel measurements
 //	BENCH_LIST=1000       containers (created, not started) when lists are timed
 //	BENCH_MEMORY=40       pods with one running container each when memory is read
+//	BENCH_MACHINES=10     virtual machines, booted bare and as pods in turns; 0: none
 //	BENCH_PULLS=3         pulls of each of the large images, each into an empty store
 //	BENCH_ONLY=           "pull" measures nothing but these
-//	BENCH_SUBJECTS=containerd,cloister,cloister-crun
+//	BENCH_STREAM=1024     MiB through a container's stdout
+//	BENCH_SUBJECTS=containerd,cloister,cloister-crun   or none
 //	CLOISTER_BIN=DIR      use these programs instead of building the checkout
 package main
 
@@ -39,6 +41,7 @@ type settings struct {
 	Pods, Containers, Images int
 	Rounds, Parallel         int
 	List, Memory, Pulls      int
+	Machines, Stream         int
 	Only                     string
 	Subjects                 []string
 }
@@ -68,18 +71,23 @@ func fromEnvironment() (settings, error) {
 	}{
 		{"BENCH_PODS", &s.Pods, 50}, {"BENCH_CONTAINERS", &s.Containers, 50}, {"BENCH_IMAGES", &s.Images, 10},
 		{"BENCH_ROUNDS", &s.Rounds, 2}, {"BENCH_PARALLEL", &s.Parallel, 5},
-		{"BENCH_LIST", &s.List, 1000}, {"BENCH_MEMORY", &s.Memory, 40},
+		{"BENCH_LIST", &s.List, 1000}, {"BENCH_MEMORY", &s.Memory, 40}, {"BENCH_MACHINES", &s.Machines, 10},
+		{"BENCH_STREAM", &s.Stream, 1024},
 		{"BENCH_PULLS", &s.Pulls, 3},
 	} {
 		*f.into = f.def
 		if v := os.Getenv(f.name); v != "" {
 			var err error
-			if *f.into, err = strconv.Atoi(v); err != nil || *f.into < 1 {
+			if *f.into, err = strconv.Atoi(v); err != nil || *f.into < 0 || *f.into == 0 && f.into != &s.Machines {
 				return s, fmt.Errorf("%s=%s: a number from 1 up is wanted", f.name, v)
 			}
 		}
 	}
-	if v := os.Getenv("BENCH_SUBJECTS"); v != "" {
+	switch v := os.Getenv("BENCH_SUBJECTS"); v {
+	case "":
+	case "none":
+		s.Subjects = nil // virtual machines alone
+	default:
 		s.Subjects = strings.Split(v, ",")
 	}
 	return s, nil
@@ -109,6 +117,12 @@ func run(ctx context.Context) (met bool, err error) {
 			return false, err
 		}
 	}
+	var vms *machines
+	if set.Machines > 0 && set.Only == "" {
+		if vms, err = bootMachines(ctx, checkout, p, set, results); err != nil {
+			return false, err
+		}
+	}
 	// The OCI runtime takes no part in a pull: one of the two is enough.
 	trash, err := os.MkdirTemp("/tmp", "clt")
 	if err != nil {
@@ -124,7 +138,15 @@ func run(ctx context.Context) (met bool, err error) {
 	if err := save(checkout, set, results); err != nil {
 		return false, err
 	}
-	met = table(os.Stdout, set, results)
+	delete(results, vmHandler) // a table of its own
+	met = true
+	if len(set.Subjects) > 0 {
+		met = table(os.Stdout, set, results)
+	}
+	if vms != nil {
+		fmt.Println()
+		met = vms.print(os.Stdout) && met
+	}
 	for _, s := range set.Subjects {
 		if f := results[s].Failed; f != "" {
 			fmt.Printf("\n%s did not finish: %s\n", s, f)
@@ -132,6 +154,21 @@ func run(ctx context.Context) (met bool, err error) {
 		}
 	}
 	return met, nil
+}
+
+// bootMachines measures virtual machines, with a registry of their own.
+func bootMachines(ctx context.Context, checkout string, p programs, set settings, results map[string]*result) (vms *machines, err error) {
+	fmt.Fprintln(os.Stderr, "virtual machines")
+	registry, err := testnode.StartRegistry(ctx, checkout, "-pause", p.pause)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, registry.Close()) }()
+	if vms, err = measureMachines(ctx, p, registry.Hosts, os.Getenv("BENCH_WORK"), set); err != nil {
+		return nil, fmt.Errorf("virtual machines: %w", err)
+	}
+	results[vmHandler] = vms.vm.result
+	return vms, nil
 }
 
 // rounds gives each subject its turn, n times, with a registry of the images

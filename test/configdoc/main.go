@@ -71,6 +71,9 @@ Keys marked **live** take effect when a file changes, and on SIGHUP (` + "`syste
 also for containers that are made in it later. Other keys take effect at the next
 start of the daemon; its log names those that were changed and wait for it.
 
+Replace a file as a whole (write another one, then rename it) if it is to change
+at once: what is half written for longer than a moment is read as it is.
+
 A file that is refused changes nothing: the daemon goes on with what it has, logs
 the error, and shows it in the condition ` + "`ConfigurationAccepted`" + ` of the CRI status
 (` + "`crictl info`" + `) until the file is right again. Deprecated keys are in the condition

@@ -14,7 +14,8 @@
 // Environment without ENDPOINT:
 //
 //	NETWORK=builtin          the daemon's own bridge in place of a CNI conflist
-//	RUNTIME_HANDLER=crun     pass -runtime-handler, and configure that handler
+//	RUNTIME_HANDLER=crun     pass -runtime-handler, and configure that handler; the
+//	                         specs that skip-HANDLER.txt lists are left out
 //	RUNTIME_BINARY=FILE      the program of that handler, by default found by its name
 //	CLOISTER_BIN=DIR         use these programs instead of building the checkout
 //	RUNTIME=containerd       test containerd in CLOISTER_BIN, with plugins in CNI_BIN
@@ -29,6 +30,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 
@@ -78,8 +80,13 @@ func run(ctx context.Context, args []string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, registry.Close()) }()
-	if handler := os.Getenv("RUNTIME_HANDLER"); handler != "" {
+	handler := os.Getenv("RUNTIME_HANDLER")
+	if handler != "" {
 		args = append([]string{"-runtime-handler", handler}, args...)
+	}
+	skips, err := skipList(handler)
+	if err != nil {
+		return err
 	}
 	if endpoint == "" {
 		node, err := daemon(ctx, checkout, registry.Hosts)
@@ -89,11 +96,35 @@ func run(ctx context.Context, args []string) (err error) {
 		defer func() { err = errors.Join(err, node.Close()) }()
 		endpoint = node.Endpoint()
 	}
-	out, err := suite(ctx, critest, endpoint, args)
+	out, err := suite(ctx, critest, endpoint, skips, args)
 	if err != nil {
 		return err
 	}
-	return judge(out, partial(args))
+	return judge(out, len(skips), partial(args))
+}
+
+// skipList reads which specs a handler cannot pass; most handlers have none.
+func skipList(handler string) ([]string, error) {
+	b, err := os.ReadFile("skip-" + handler + ".txt")
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for line := range strings.Lines(string(b)) {
+		name, reason, ok := strings.Cut(strings.TrimSpace(line), "\t")
+		if strings.HasPrefix(line, "#") {
+			continue
+		}
+		if !ok || reason == "" {
+			return nil, fmt.Errorf("skip-%s.txt: %q has no reason", handler, name)
+		}
+		fmt.Printf("left out: %s (%s)\n", name, reason)
+		names = append(names, regexp.QuoteMeta(name))
+	}
+	return names, nil
 }
 
 // install brings what the suite and a container need on a bare Debian.
@@ -140,7 +171,8 @@ func daemon(ctx context.Context, checkout, hosts string) (*testnode.Node, error)
 		Runtime: os.Getenv("RUNTIME"), Network: os.Getenv("NETWORK"), CNIBin: os.Getenv("CNI_BIN"),
 		Hosts: hosts, LogLevel: os.Getenv("LOG_LEVEL"),
 	}
-	if h := os.Getenv("RUNTIME_HANDLER"); h != "" {
+	h := os.Getenv("RUNTIME_HANDLER")
+	if h != "" && h != "vm" {
 		program := os.Getenv("RUNTIME_BINARY")
 		if program == "" {
 			var err error
@@ -153,6 +185,11 @@ func daemon(ctx context.Context, checkout, hosts string) (*testnode.Node, error)
 	var err error
 	if opts.Bin, err = testnode.Build(ctx, checkout, filepath.Join(os.Getenv("CONFORMANCE_WORK"), "bin")); err != nil {
 		return nil, err
+	}
+	if h == "vm" {
+		if opts.Guests, err = testnode.BuildGuest(ctx, opts.Bin, filepath.Join(os.Getenv("CONFORMANCE_WORK"), "guests")); err != nil {
+			return nil, err
+		}
 	}
 	return testnode.Start(ctx, opts)
 }

@@ -58,6 +58,7 @@ func run(ctx context.Context) (err error) {
 		do   func() error
 	}{
 		{"build bin/cloister and bin/cloister-shim", d.build},
+		{"build a guest for virtual machines", d.buildGuest},
 		{"build the image " + image + " and serve it on loopback", d.serveImage},
 		{"start a private daemon with the built-in network", d.startDaemon},
 		{"pull the image", d.pull},
@@ -67,6 +68,7 @@ func run(ctx context.Context) (err error) {
 		{"reach it at its address", d.reach},
 		{"list what runs", d.list},
 		{"stop and remove the pod", d.remove},
+		{"run the image on each handler: an own kernel is another one", d.kernels},
 		{"check that nothing is left", d.check},
 		{"stop the daemon", d.stopDaemon},
 	}
@@ -87,6 +89,7 @@ type demo struct {
 	top, dir string
 	procs    []*process // ended in reverse order
 	daemon   *process
+	handlers []string
 	address  string
 }
 
@@ -186,6 +189,7 @@ func (d *demo) await(r io.Reader, prefix string, drain bool) error {
 
 func (d *demo) startDaemon() error {
 	config := filepath.Join(d.dir, "config.toml")
+	d.handlers = handlers()
 	text := fmt.Sprintf(`version = 3
 root = %q
 state = %q
@@ -196,7 +200,7 @@ network = "builtin"
 [cloister.builtin_network]
 bridge = %q
 subnets = ["10.98.0.0/16"]
-`, filepath.Join(d.dir, "root"), filepath.Join(d.dir, "state"), filepath.Join(d.dir, "certs.d"), bridge)
+`, filepath.Join(d.dir, "root"), filepath.Join(d.dir, "state"), filepath.Join(d.dir, "certs.d"), bridge) + d.handlerConfig()
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		return err
 	}

@@ -15,7 +15,7 @@ import (
 
 // TestExternalShim shares one node among its parts, which leave nothing.
 func TestExternalShim(t *testing.T) {
-	m := start(t)
+	m := start(t, "")
 	for _, part := range []struct {
 		name string
 		run  func(*testing.T, machine)

@@ -32,8 +32,8 @@ type machine struct {
 }
 
 // start builds what the tests need and runs a private daemon with the resident
-// handler runc and the external one.
-func start(t *testing.T) machine {
+// handler runc and the external one, and further configuration.
+func start(t *testing.T, extra string) machine {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: it runs real containers")
 	}
@@ -71,7 +71,7 @@ func start(t *testing.T) machine {
 		}
 	})
 	n, err := testnode.Start(ctx, testnode.Options{Bin: bin, Hosts: reg.Hosts, LogLevel: os.Getenv("LOG_LEVEL"),
-		Handlers: map[string]string{"runc": "runc"}, Default: "runc", Shims: map[string]string{handler: shim}})
+		Handlers: map[string]string{"runc": "runc"}, Default: "runc", Shims: map[string]string{handler: shim}, Extra: extra})
 	if err != nil {
 		t.Fatal(err)
 	}

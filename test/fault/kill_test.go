@@ -118,10 +118,14 @@ func killShim(t *testing.T, n *testnode.Node) {
 }
 
 func shimPID(n *testnode.Node) int {
+	backend := "container"
+	if os.Getenv("HANDLER") == "vm" {
+		backend = "vm"
+	}
 	for _, pid := range n.Processes() {
 		cmd, err := os.ReadFile(filepath.Join("/proc", strconv.Itoa(pid), "cmdline"))
 		args := bytes.Split(cmd, []byte{0})
-		if err == nil && len(args) > 2 && filepath.Base(string(args[0])) == "cloister-shim" && string(args[1]) == "serve" {
+		if err == nil && len(args) > 2 && filepath.Base(string(args[0])) == "cloister-shim" && string(args[1]) == "serve" && bytes.Contains(cmd, []byte("/shim/"+backend)) {
 			return pid
 		}
 	}

@@ -55,7 +55,14 @@ func node(t *testing.T, network string) *testnode.Node {
 			t.Error(err)
 		}
 	})
-	n, err := testnode.Start(t.Context(), testnode.Options{Bin: bin, Hosts: reg.Hosts, Network: network})
+	opts := testnode.Options{Bin: bin, Hosts: reg.Hosts, Network: network}
+	if os.Getenv("HANDLER") == "vm" {
+		if opts.Guests, err = testnode.BuildGuest(t.Context(), bin, t.TempDir()); err != nil {
+			t.Fatal(err)
+		}
+		opts.Default = "vm"
+	}
+	n, err := testnode.Start(t.Context(), opts)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -46,6 +46,8 @@ func rules() []rule {
 		{from: "internal/network", to: append(slices.Clone(upper), "internal/oci", "internal/shim", "internal/stream"), why: "the rooms beneath pod do not know each other"},
 		{from: "internal/oci", to: append(slices.Clone(upper), "internal/network", "internal/shim", "internal/stream"), why: "the rooms beneath pod do not know each other"},
 		{from: "internal/shim", to: append(slices.Clone(upper), "internal/network", "internal/oci", "internal/stream"), why: "the rooms beneath pod do not know each other"},
+		{from: "internal/nri", to: append(slices.Clone(upper), "internal/network", "internal/oci", "internal/shim", "internal/stream"), why: "the rooms beneath pod do not know each other"},
+		{from: "internal/telemetry", to: append(slices.Clone(upper), "internal/network", "internal/nri", "internal/oci", "internal/shim", "internal/stream"), why: "it is told names and durations"},
 		{from: "internal/stream", to: append(slices.Clone(upper), "internal/network", "internal/oci", "internal/shim"), why: "streaming serves whatever Runtime it is given"},
 		{from: "internal/host", to: append(slices.Clone(upper), "internal/shim", "internal/network", "internal/oci", "internal/stream"), why: "the sandbox host meets the daemon in the shim protocol alone"},
 		{from: "internal/cri", to: []string{"internal/network", "internal/oci", "internal/host"}, why: "CRI translates; what it needs of them it asks of pod"},

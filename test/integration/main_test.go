@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/google/go-containerregistry/pkg/name"
@@ -34,6 +35,10 @@ type site struct {
 	registry        *registry.Registry
 	set             images.Set
 	node            *testnode.Node
+
+	machines sync.Once // the daemon whose pods can be virtual machines
+	vm       *testnode.Node
+	vmErr    error
 }
 
 // here is made once by TestMain and not changed afterwards.
@@ -99,6 +104,9 @@ func (s *site) open(ctx context.Context) (err error) {
 
 func (s *site) close() error {
 	var errs []error
+	if s.vm != nil {
+		errs = append(errs, closeNode(s.vm))
+	}
 	if s.node != nil {
 		if os.Getenv("LOG") != "" {
 			fmt.Fprintln(os.Stderr, s.node.LogTail(200))

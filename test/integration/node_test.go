@@ -233,7 +233,7 @@ func (c *container) status() *cri.ContainerStatus {
 func (c *container) ended() *cri.ContainerStatus {
 	c.pod.t.Helper()
 	var st *cri.ContainerStatus
-	eventually(c.pod.t, 30*time.Second, "container "+c.id+" ends", func() bool {
+	eventually(c.pod.t, time.Minute, "container "+c.id+" ends", func() bool {
 		st = c.status()
 		return st.State == cri.ContainerState_CONTAINER_EXITED
 	})
@@ -266,7 +266,7 @@ func (c *container) logPath() string { return filepath.Join(c.pod.cfg.LogDirecto
 // waitLog waits until the container has written text.
 func (c *container) waitLog(text string) {
 	c.pod.t.Helper()
-	eventually(c.pod.t, 20*time.Second, fmt.Sprintf("the log says %q", text), func() bool {
+	eventually(c.pod.t, time.Minute, fmt.Sprintf("the log says %q", text), func() bool {
 		data, err := os.ReadFile(c.logPath())
 		return err == nil && strings.Contains(string(data), text)
 	})

@@ -230,7 +230,7 @@ func TestReloadUnderLoad(t *testing.T) {
 	var pods atomic.Int64
 	var failed sync.Map
 	var work sync.WaitGroup
-	for range 3 {
+	for range 2 {
 		work.Go(func() {
 			for ctx.Err() == nil {
 				if err := onePod(t, n); err != nil {
@@ -244,7 +244,7 @@ func TestReloadUnderLoad(t *testing.T) {
 	const reloads = 100
 	for i := range reloads {
 		reload(t, n, fmt.Sprintf("%s[plugins.\"io.containerd.cri.v1.images\".registry.headers]\nX-Reload = [\"%d\"]\n"+
-			"[plugins.\"io.containerd.cri.v1.runtime\".cni]\nmax_conf_num = %d\n", limited(fmt.Sprintf("h%d", i%2), 1024+i), i, i%3))
+			"[plugins.\"io.containerd.cri.v1.runtime\".cni]\nmax_conf_num = %d\n", limited(fmt.Sprintf("h%d", i/10%2), 1024+i), i, i%3))
 	}
 	stop()
 	work.Wait()
@@ -257,7 +257,7 @@ func TestReloadUnderLoad(t *testing.T) {
 		t.Errorf("in the end %+v", c)
 	}
 	t.Logf("%d pods lived during %d reloads", pods.Load(), c.Generation-1)
-	if pods.Load() < 3 {
+	if pods.Load() < 2 {
 		t.Error("too few pods to tell")
 	}
 }

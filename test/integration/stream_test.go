@@ -90,8 +90,10 @@ func (o *output) wait(t *testing.T, text string) {
 	eventually(t, 15*time.Second, fmt.Sprintf("the stream says %q", text), func() bool { return strings.Contains(o.String(), text) })
 }
 
-func TestExecStreams(t *testing.T) {
-	c := runPod(t, shared(t)).idle()
+func TestExecStreams(t *testing.T) { execStreams(t, runPod(t, shared(t))) }
+
+func execStreams(t *testing.T, p *pod) {
+	c := p.idle()
 	for protocol := range executors {
 		t.Run(protocol, func(t *testing.T) {
 			var out, problems output
@@ -123,8 +125,10 @@ func (s sizes) Next() *remotecommand.TerminalSize {
 	return &size
 }
 
-func TestExecTerminalIsResized(t *testing.T) {
-	c := runPod(t, shared(t)).idle()
+func TestExecTerminalIsResized(t *testing.T) { execTerminalIsResized(t, runPod(t, shared(t))) }
+
+func execTerminalIsResized(t *testing.T, p *pod) {
+	c := p.idle()
 	for protocol := range executors {
 		t.Run(protocol, func(t *testing.T) {
 			var out output
@@ -257,7 +261,11 @@ func TestAttachOfSeveralClients(t *testing.T) {
 }
 
 func TestStdinOnceEndsWithItsClient(t *testing.T) {
-	c := runPod(t, shared(t)).sh("cat; echo end; exit 8", func(c *cri.ContainerConfig) { c.Stdin, c.StdinOnce = true, true })
+	stdinOnceEndsWithItsClient(t, runPod(t, shared(t)))
+}
+
+func stdinOnceEndsWithItsClient(t *testing.T, p *pod) {
+	c := p.sh("cat; echo end; exit 8", func(c *cri.ContainerConfig) { c.Stdin, c.StdinOnce = true, true })
 	u := c.attachURL(&cri.AttachRequest{Stdin: true, Stdout: true, Stderr: true})
 	var out, problems output
 	if err := stream(t.Context(), "SPDY", u, remotecommand.StreamOptions{Stdin: strings.NewReader("hello\n"), Stdout: &out, Stderr: &problems}); err != nil {
@@ -271,8 +279,10 @@ func TestStdinOnceEndsWithItsClient(t *testing.T) {
 	}
 }
 
-func TestAttachToATerminal(t *testing.T) {
-	c := runPod(t, shared(t)).sh("echo the beginning; while :; do read x; stty size; done", func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true })
+func TestAttachToATerminal(t *testing.T) { attachToATerminal(t, runPod(t, shared(t))) }
+
+func attachToATerminal(t *testing.T, p *pod) {
+	c := p.sh("echo the beginning; while :; do read x; stty size; done", func(c *cri.ContainerConfig) { c.Tty, c.Stdin = true, true })
 	c.waitLog("the beginning")
 	var out output
 	in, keys := io.Pipe()
@@ -299,8 +309,9 @@ func TestAttachToATerminal(t *testing.T) {
 	}
 }
 
-func TestPortForward(t *testing.T) {
-	p := runPod(t, shared(t))
+func TestPortForward(t *testing.T) { portForward(t, runPod(t, shared(t))) }
+
+func portForward(t *testing.T, p *pod) {
 	p.demo("-http", ":8080", "-n", "1").waitLog("serving")
 	port, end := p.forward(8080)
 	defer end()

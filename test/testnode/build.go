@@ -124,6 +124,25 @@ func Crictl(ctx context.Context, checkout string) (string, error) {
 	return program, os.Rename(fresh, program)
 }
 
+// BuildGuest makes a guest for virtual machines out of the programs in bin and
+// gives the folder that holds it.
+func BuildGuest(ctx context.Context, bin, dir string) (guests string, err error) {
+	for _, n := range [][3]string{
+		{"qemu-system-x86_64", "qemu-system-x86", "virtual machines"},
+		{"/usr/lib/qemu/virtiofsd", "qemu-system-common", "files of virtual machines"},
+		{"crun", "crun", "containers in virtual machines"},
+	} {
+		if err := Need(ctx, n[0], n[1], n[2]); err != nil {
+			return "", err
+		}
+	}
+	cmd := exec.CommandContext(ctx, filepath.Join(bin, "cloister"), "guest", "build", "--guests", dir)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build a guest: %w: %s", err, out)
+	}
+	return dir, nil
+}
+
 // Need makes sure that a program (by name) or a file (by absolute path) is
 // there, installing the Debian package that has it when it is not.
 func Need(ctx context.Context, what, pkg, why string) error {

@@ -60,6 +60,20 @@ runtime_path = "{{$shim}}"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{{$name}}.options]
 BinaryName = "runc"
 {{end}}
+{{- if .Guests}}
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.vm]
+runtime_type = "io.containerd.cloister-vm.v2"
+{{- if not .Cloister}}
+sandboxer = "shim"
+disable_pause_image_pull = true
+{{- end}}
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.vm.options]
+guests = "{{.Guests}}"
+accel = "auto"
+{{- range .GuestOptions}}
+{{.}}
+{{- end}}
+{{end}}
 [plugins."io.containerd.grpc.v1.cri"]
 stream_server_address = "{{.Stream}}"
 stream_server_port = "0"
@@ -92,6 +106,16 @@ func (n *Node) configure() error {
 		}
 	}
 	handlers, def := n.opts.Handlers, n.opts.Default
+	if n.opts.Guests != "" && len(handlers) == 0 {
+		runc, err := exec.LookPath("runc")
+		if err != nil {
+			return fmt.Errorf("a default handler beside vm: %w", err)
+		}
+		handlers = map[string]string{"runc": runc}
+		if def == "" {
+			def = "runc"
+		}
+	}
 	if n.opts.Runtime == Containerd {
 		if len(handlers) == 0 {
 			runc, err := exec.LookPath("runc")
@@ -106,13 +130,13 @@ func (n *Node) configure() error {
 	}
 	var buf bytes.Buffer
 	err = configuration.Execute(&buf, struct {
-		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Stream string
-		Subnets                                                                       []string
-		Handlers, Shims                                                               map[string]string
-		Cloister, Extra                                                               bool
+		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Stream, Guests string
+		Subnets, GuestOptions                                                                 []string
+		Handlers, Shims                                                                       map[string]string
+		Cloister, Extra                                                                       bool
 	}{
-		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, n.streamAddress(), subnets,
-		handlers, n.opts.Shims, n.opts.Runtime == Cloister, n.opts.Extra != "",
+		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, n.streamAddress(), n.opts.Guests,
+		subnets, n.opts.GuestOptions, handlers, n.opts.Shims, n.opts.Runtime == Cloister, n.opts.Extra != "",
 	})
 	if err != nil {
 		return err

@@ -58,6 +58,12 @@ type Options struct {
 	Handlers map[string]string
 	// Shims are external shims (runtime_path) that run runc, by handler name.
 	Shims map[string]string
+	// Guests is a folder of guests for virtual machines. With it there is a
+	// handler "vm", which takes KVM where it works and else TCG. Containerd finds
+	// containerd-shim-cloister-vm-v2 in PATH.
+	Guests string
+	// GuestOptions are more lines for that handler's options.
+	GuestOptions []string
 	// Default names the default handler; empty leaves the choice to Cloister.
 	Default string
 	// Trash is a folder on /tmp's file system into which Close moves the node's

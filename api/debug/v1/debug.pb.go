@@ -76,7 +76,331 @@ func (x Layer_State) Number() protoreflect.EnumNumber {
 
 // Deprecated: Use Layer_State.Descriptor instead.
 func (Layer_State) EnumDescriptor() ([]byte, []int) {
-	return file_debug_v1_debug_proto_rawDescGZIP(), []int{2, 0}
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{7, 0}
+}
+
+type MachinesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pod           string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`          // id; empty: all
+	Console       bool                   `protobuf:"varint,2,opt,name=console,proto3" json:"console,omitempty"` // with the end of each console
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MachinesRequest) Reset() {
+	*x = MachinesRequest{}
+	mi := &file_debug_v1_debug_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MachinesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MachinesRequest) ProtoMessage() {}
+
+func (x *MachinesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_debug_v1_debug_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MachinesRequest.ProtoReflect.Descriptor instead.
+func (*MachinesRequest) Descriptor() ([]byte, []int) {
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *MachinesRequest) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *MachinesRequest) GetConsole() bool {
+	if x != nil {
+		return x.Console
+	}
+	return false
+}
+
+type MachinesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Machines      []*Machine             `protobuf:"bytes,1,rep,name=machines,proto3" json:"machines,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MachinesResponse) Reset() {
+	*x = MachinesResponse{}
+	mi := &file_debug_v1_debug_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MachinesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MachinesResponse) ProtoMessage() {}
+
+func (x *MachinesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_debug_v1_debug_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MachinesResponse.ProtoReflect.Descriptor instead.
+func (*MachinesResponse) Descriptor() ([]byte, []int) {
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *MachinesResponse) GetMachines() []*Machine {
+	if x != nil {
+		return x.Machines
+	}
+	return nil
+}
+
+type Machine struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pod           string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`  // id
+	Pid           uint32                 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"` // of QEMU
+	MachineType   string                 `protobuf:"bytes,3,opt,name=machine_type,json=machineType,proto3" json:"machine_type,omitempty"`
+	Accel         string                 `protobuf:"bytes,4,opt,name=accel,proto3" json:"accel,omitempty"`
+	Kernel        string                 `protobuf:"bytes,5,opt,name=kernel,proto3" json:"kernel,omitempty"`
+	Cpus          uint32                 `protobuf:"varint,6,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	Memory        int64                  `protobuf:"varint,7,opt,name=memory,proto3" json:"memory,omitempty"` // bytes
+	State         string                 `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"`    // booting, running or ended
+	BootMillis    int64                  `protobuf:"varint,9,opt,name=boot_millis,json=bootMillis,proto3" json:"boot_millis,omitempty"`
+	Console       []byte                 `protobuf:"bytes,10,opt,name=console,proto3" json:"console,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Machine) Reset() {
+	*x = Machine{}
+	mi := &file_debug_v1_debug_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Machine) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Machine) ProtoMessage() {}
+
+func (x *Machine) ProtoReflect() protoreflect.Message {
+	mi := &file_debug_v1_debug_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Machine.ProtoReflect.Descriptor instead.
+func (*Machine) Descriptor() ([]byte, []int) {
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *Machine) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *Machine) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Machine) GetMachineType() string {
+	if x != nil {
+		return x.MachineType
+	}
+	return ""
+}
+
+func (x *Machine) GetAccel() string {
+	if x != nil {
+		return x.Accel
+	}
+	return ""
+}
+
+func (x *Machine) GetKernel() string {
+	if x != nil {
+		return x.Kernel
+	}
+	return ""
+}
+
+func (x *Machine) GetCpus() uint32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+func (x *Machine) GetMemory() int64 {
+	if x != nil {
+		return x.Memory
+	}
+	return 0
+}
+
+func (x *Machine) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Machine) GetBootMillis() int64 {
+	if x != nil {
+		return x.BootMillis
+	}
+	return 0
+}
+
+func (x *Machine) GetConsole() []byte {
+	if x != nil {
+		return x.Console
+	}
+	return nil
+}
+
+type RunInMachineRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Pod           string                 `protobuf:"bytes,1,opt,name=pod,proto3" json:"pod,omitempty"`
+	Args          []string               `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"` // empty: the guest's figures, as Prometheus reads them
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunInMachineRequest) Reset() {
+	*x = RunInMachineRequest{}
+	mi := &file_debug_v1_debug_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunInMachineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunInMachineRequest) ProtoMessage() {}
+
+func (x *RunInMachineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_debug_v1_debug_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunInMachineRequest.ProtoReflect.Descriptor instead.
+func (*RunInMachineRequest) Descriptor() ([]byte, []int) {
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *RunInMachineRequest) GetPod() string {
+	if x != nil {
+		return x.Pod
+	}
+	return ""
+}
+
+func (x *RunInMachineRequest) GetArgs() []string {
+	if x != nil {
+		return x.Args
+	}
+	return nil
+}
+
+type RunInMachineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        int32                  `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Stdout        []byte                 `protobuf:"bytes,2,opt,name=stdout,proto3" json:"stdout,omitempty"`
+	Stderr        []byte                 `protobuf:"bytes,3,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunInMachineResponse) Reset() {
+	*x = RunInMachineResponse{}
+	mi := &file_debug_v1_debug_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunInMachineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunInMachineResponse) ProtoMessage() {}
+
+func (x *RunInMachineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_debug_v1_debug_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunInMachineResponse.ProtoReflect.Descriptor instead.
+func (*RunInMachineResponse) Descriptor() ([]byte, []int) {
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *RunInMachineResponse) GetStatus() int32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *RunInMachineResponse) GetStdout() []byte {
+	if x != nil {
+		return x.Stdout
+	}
+	return nil
+}
+
+func (x *RunInMachineResponse) GetStderr() []byte {
+	if x != nil {
+		return x.Stderr
+	}
+	return nil
 }
 
 type PullProgressRequest struct {
@@ -89,7 +413,7 @@ type PullProgressRequest struct {
 
 func (x *PullProgressRequest) Reset() {
 	*x = PullProgressRequest{}
-	mi := &file_debug_v1_debug_proto_msgTypes[0]
+	mi := &file_debug_v1_debug_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -101,7 +425,7 @@ func (x *PullProgressRequest) String() string {
 func (*PullProgressRequest) ProtoMessage() {}
 
 func (x *PullProgressRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_debug_v1_debug_proto_msgTypes[0]
+	mi := &file_debug_v1_debug_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -114,7 +438,7 @@ func (x *PullProgressRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullProgressRequest.ProtoReflect.Descriptor instead.
 func (*PullProgressRequest) Descriptor() ([]byte, []int) {
-	return file_debug_v1_debug_proto_rawDescGZIP(), []int{0}
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PullProgressRequest) GetRef() string {
@@ -133,7 +457,7 @@ type PullProgressResponse struct {
 
 func (x *PullProgressResponse) Reset() {
 	*x = PullProgressResponse{}
-	mi := &file_debug_v1_debug_proto_msgTypes[1]
+	mi := &file_debug_v1_debug_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -145,7 +469,7 @@ func (x *PullProgressResponse) String() string {
 func (*PullProgressResponse) ProtoMessage() {}
 
 func (x *PullProgressResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_debug_v1_debug_proto_msgTypes[1]
+	mi := &file_debug_v1_debug_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -158,7 +482,7 @@ func (x *PullProgressResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PullProgressResponse.ProtoReflect.Descriptor instead.
 func (*PullProgressResponse) Descriptor() ([]byte, []int) {
-	return file_debug_v1_debug_proto_rawDescGZIP(), []int{1}
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *PullProgressResponse) GetLayers() []*Layer {
@@ -180,7 +504,7 @@ type Layer struct {
 
 func (x *Layer) Reset() {
 	*x = Layer{}
-	mi := &file_debug_v1_debug_proto_msgTypes[2]
+	mi := &file_debug_v1_debug_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -192,7 +516,7 @@ func (x *Layer) String() string {
 func (*Layer) ProtoMessage() {}
 
 func (x *Layer) ProtoReflect() protoreflect.Message {
-	mi := &file_debug_v1_debug_proto_msgTypes[2]
+	mi := &file_debug_v1_debug_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -205,7 +529,7 @@ func (x *Layer) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Layer.ProtoReflect.Descriptor instead.
 func (*Layer) Descriptor() ([]byte, []int) {
-	return file_debug_v1_debug_proto_rawDescGZIP(), []int{2}
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Layer) GetDigest() string {
@@ -249,7 +573,7 @@ type FsckRequest struct {
 
 func (x *FsckRequest) Reset() {
 	*x = FsckRequest{}
-	mi := &file_debug_v1_debug_proto_msgTypes[3]
+	mi := &file_debug_v1_debug_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -261,7 +585,7 @@ func (x *FsckRequest) String() string {
 func (*FsckRequest) ProtoMessage() {}
 
 func (x *FsckRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_debug_v1_debug_proto_msgTypes[3]
+	mi := &file_debug_v1_debug_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -274,7 +598,7 @@ func (x *FsckRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FsckRequest.ProtoReflect.Descriptor instead.
 func (*FsckRequest) Descriptor() ([]byte, []int) {
-	return file_debug_v1_debug_proto_rawDescGZIP(), []int{3}
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *FsckRequest) GetRepair() bool {
@@ -300,7 +624,7 @@ type FsckResponse struct {
 
 func (x *FsckResponse) Reset() {
 	*x = FsckResponse{}
-	mi := &file_debug_v1_debug_proto_msgTypes[4]
+	mi := &file_debug_v1_debug_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -312,7 +636,7 @@ func (x *FsckResponse) String() string {
 func (*FsckResponse) ProtoMessage() {}
 
 func (x *FsckResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_debug_v1_debug_proto_msgTypes[4]
+	mi := &file_debug_v1_debug_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -325,7 +649,7 @@ func (x *FsckResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FsckResponse.ProtoReflect.Descriptor instead.
 func (*FsckResponse) Descriptor() ([]byte, []int) {
-	return file_debug_v1_debug_proto_rawDescGZIP(), []int{4}
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *FsckResponse) GetFindings() []*Finding {
@@ -349,7 +673,7 @@ type Finding struct {
 
 func (x *Finding) Reset() {
 	*x = Finding{}
-	mi := &file_debug_v1_debug_proto_msgTypes[5]
+	mi := &file_debug_v1_debug_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -361,7 +685,7 @@ func (x *Finding) String() string {
 func (*Finding) ProtoMessage() {}
 
 func (x *Finding) ProtoReflect() protoreflect.Message {
-	mi := &file_debug_v1_debug_proto_msgTypes[5]
+	mi := &file_debug_v1_debug_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -374,7 +698,7 @@ func (x *Finding) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Finding.ProtoReflect.Descriptor instead.
 func (*Finding) Descriptor() ([]byte, []int) {
-	return file_debug_v1_debug_proto_rawDescGZIP(), []int{5}
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *Finding) GetKind() string {
@@ -431,7 +755,7 @@ type PruneImagesRequest struct {
 
 func (x *PruneImagesRequest) Reset() {
 	*x = PruneImagesRequest{}
-	mi := &file_debug_v1_debug_proto_msgTypes[6]
+	mi := &file_debug_v1_debug_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -443,7 +767,7 @@ func (x *PruneImagesRequest) String() string {
 func (*PruneImagesRequest) ProtoMessage() {}
 
 func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_debug_v1_debug_proto_msgTypes[6]
+	mi := &file_debug_v1_debug_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -456,7 +780,7 @@ func (x *PruneImagesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneImagesRequest.ProtoReflect.Descriptor instead.
 func (*PruneImagesRequest) Descriptor() ([]byte, []int) {
-	return file_debug_v1_debug_proto_rawDescGZIP(), []int{6}
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *PruneImagesRequest) GetDryRun() bool {
@@ -482,7 +806,7 @@ type PruneImagesResponse struct {
 
 func (x *PruneImagesResponse) Reset() {
 	*x = PruneImagesResponse{}
-	mi := &file_debug_v1_debug_proto_msgTypes[7]
+	mi := &file_debug_v1_debug_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -494,7 +818,7 @@ func (x *PruneImagesResponse) String() string {
 func (*PruneImagesResponse) ProtoMessage() {}
 
 func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_debug_v1_debug_proto_msgTypes[7]
+	mi := &file_debug_v1_debug_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -507,7 +831,7 @@ func (x *PruneImagesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PruneImagesResponse.ProtoReflect.Descriptor instead.
 func (*PruneImagesResponse) Descriptor() ([]byte, []int) {
-	return file_debug_v1_debug_proto_rawDescGZIP(), []int{7}
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *PruneImagesResponse) GetImages() []*PrunedImage {
@@ -529,7 +853,7 @@ type PrunedImage struct {
 
 func (x *PrunedImage) Reset() {
 	*x = PrunedImage{}
-	mi := &file_debug_v1_debug_proto_msgTypes[8]
+	mi := &file_debug_v1_debug_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -541,7 +865,7 @@ func (x *PrunedImage) String() string {
 func (*PrunedImage) ProtoMessage() {}
 
 func (x *PrunedImage) ProtoReflect() protoreflect.Message {
-	mi := &file_debug_v1_debug_proto_msgTypes[8]
+	mi := &file_debug_v1_debug_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -554,7 +878,7 @@ func (x *PrunedImage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrunedImage.ProtoReflect.Descriptor instead.
 func (*PrunedImage) Descriptor() ([]byte, []int) {
-	return file_debug_v1_debug_proto_rawDescGZIP(), []int{8}
+	return file_debug_v1_debug_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *PrunedImage) GetId() string {
@@ -589,7 +913,32 @@ var File_debug_v1_debug_proto protoreflect.FileDescriptor
 
 const file_debug_v1_debug_proto_rawDesc = "" +
 	"\n" +
-	"\x14debug/v1/debug.proto\x12\x11cloister.debug.v1\"'\n" +
+	"\x14debug/v1/debug.proto\x12\x11cloister.debug.v1\"=\n" +
+	"\x0fMachinesRequest\x12\x10\n" +
+	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x18\n" +
+	"\aconsole\x18\x02 \x01(\bR\aconsole\"J\n" +
+	"\x10MachinesResponse\x126\n" +
+	"\bmachines\x18\x01 \x03(\v2\x1a.cloister.debug.v1.MachineR\bmachines\"\xfb\x01\n" +
+	"\aMachine\x12\x10\n" +
+	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x10\n" +
+	"\x03pid\x18\x02 \x01(\rR\x03pid\x12!\n" +
+	"\fmachine_type\x18\x03 \x01(\tR\vmachineType\x12\x14\n" +
+	"\x05accel\x18\x04 \x01(\tR\x05accel\x12\x16\n" +
+	"\x06kernel\x18\x05 \x01(\tR\x06kernel\x12\x12\n" +
+	"\x04cpus\x18\x06 \x01(\rR\x04cpus\x12\x16\n" +
+	"\x06memory\x18\a \x01(\x03R\x06memory\x12\x14\n" +
+	"\x05state\x18\b \x01(\tR\x05state\x12\x1f\n" +
+	"\vboot_millis\x18\t \x01(\x03R\n" +
+	"bootMillis\x12\x18\n" +
+	"\aconsole\x18\n" +
+	" \x01(\fR\aconsole\";\n" +
+	"\x13RunInMachineRequest\x12\x10\n" +
+	"\x03pod\x18\x01 \x01(\tR\x03pod\x12\x12\n" +
+	"\x04args\x18\x02 \x03(\tR\x04args\"^\n" +
+	"\x14RunInMachineResponse\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\x05R\x06status\x12\x16\n" +
+	"\x06stdout\x18\x02 \x01(\fR\x06stdout\x12\x16\n" +
+	"\x06stderr\x18\x03 \x01(\fR\x06stderr\"'\n" +
 	"\x13PullProgressRequest\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref\"H\n" +
 	"\x14PullProgressResponse\x120\n" +
@@ -627,11 +976,13 @@ const file_debug_v1_debug_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05names\x18\x02 \x03(\tR\x05names\x12\x12\n" +
 	"\x04size\x18\x03 \x01(\x04R\x04size\x12\x14\n" +
-	"\x05error\x18\x04 \x01(\tR\x05error2\x91\x02\n" +
+	"\x05error\x18\x04 \x01(\tR\x05error2\xc7\x03\n" +
 	"\x05Debug\x12a\n" +
 	"\fPullProgress\x12&.cloister.debug.v1.PullProgressRequest\x1a'.cloister.debug.v1.PullProgressResponse0\x01\x12G\n" +
 	"\x04Fsck\x12\x1e.cloister.debug.v1.FsckRequest\x1a\x1f.cloister.debug.v1.FsckResponse\x12\\\n" +
-	"\vPruneImages\x12%.cloister.debug.v1.PruneImagesRequest\x1a&.cloister.debug.v1.PruneImagesResponseB#Z!cloister.dev/api/debug/v1;debugv1b\x06proto3"
+	"\vPruneImages\x12%.cloister.debug.v1.PruneImagesRequest\x1a&.cloister.debug.v1.PruneImagesResponse\x12S\n" +
+	"\bMachines\x12\".cloister.debug.v1.MachinesRequest\x1a#.cloister.debug.v1.MachinesResponse\x12_\n" +
+	"\fRunInMachine\x12&.cloister.debug.v1.RunInMachineRequest\x1a'.cloister.debug.v1.RunInMachineResponseB#Z!cloister.dev/api/debug/v1;debugv1b\x06proto3"
 
 var (
 	file_debug_v1_debug_proto_rawDescOnce sync.Once
@@ -646,35 +997,45 @@ func file_debug_v1_debug_proto_rawDescGZIP() []byte {
 }
 
 var file_debug_v1_debug_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_debug_v1_debug_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_debug_v1_debug_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_debug_v1_debug_proto_goTypes = []any{
 	(Layer_State)(0),             // 0: cloister.debug.v1.Layer.State
-	(*PullProgressRequest)(nil),  // 1: cloister.debug.v1.PullProgressRequest
-	(*PullProgressResponse)(nil), // 2: cloister.debug.v1.PullProgressResponse
-	(*Layer)(nil),                // 3: cloister.debug.v1.Layer
-	(*FsckRequest)(nil),          // 4: cloister.debug.v1.FsckRequest
-	(*FsckResponse)(nil),         // 5: cloister.debug.v1.FsckResponse
-	(*Finding)(nil),              // 6: cloister.debug.v1.Finding
-	(*PruneImagesRequest)(nil),   // 7: cloister.debug.v1.PruneImagesRequest
-	(*PruneImagesResponse)(nil),  // 8: cloister.debug.v1.PruneImagesResponse
-	(*PrunedImage)(nil),          // 9: cloister.debug.v1.PrunedImage
+	(*MachinesRequest)(nil),      // 1: cloister.debug.v1.MachinesRequest
+	(*MachinesResponse)(nil),     // 2: cloister.debug.v1.MachinesResponse
+	(*Machine)(nil),              // 3: cloister.debug.v1.Machine
+	(*RunInMachineRequest)(nil),  // 4: cloister.debug.v1.RunInMachineRequest
+	(*RunInMachineResponse)(nil), // 5: cloister.debug.v1.RunInMachineResponse
+	(*PullProgressRequest)(nil),  // 6: cloister.debug.v1.PullProgressRequest
+	(*PullProgressResponse)(nil), // 7: cloister.debug.v1.PullProgressResponse
+	(*Layer)(nil),                // 8: cloister.debug.v1.Layer
+	(*FsckRequest)(nil),          // 9: cloister.debug.v1.FsckRequest
+	(*FsckResponse)(nil),         // 10: cloister.debug.v1.FsckResponse
+	(*Finding)(nil),              // 11: cloister.debug.v1.Finding
+	(*PruneImagesRequest)(nil),   // 12: cloister.debug.v1.PruneImagesRequest
+	(*PruneImagesResponse)(nil),  // 13: cloister.debug.v1.PruneImagesResponse
+	(*PrunedImage)(nil),          // 14: cloister.debug.v1.PrunedImage
 }
 var file_debug_v1_debug_proto_depIdxs = []int32{
-	3, // 0: cloister.debug.v1.PullProgressResponse.layers:type_name -> cloister.debug.v1.Layer
-	0, // 1: cloister.debug.v1.Layer.state:type_name -> cloister.debug.v1.Layer.State
-	6, // 2: cloister.debug.v1.FsckResponse.findings:type_name -> cloister.debug.v1.Finding
-	9, // 3: cloister.debug.v1.PruneImagesResponse.images:type_name -> cloister.debug.v1.PrunedImage
-	1, // 4: cloister.debug.v1.Debug.PullProgress:input_type -> cloister.debug.v1.PullProgressRequest
-	4, // 5: cloister.debug.v1.Debug.Fsck:input_type -> cloister.debug.v1.FsckRequest
-	7, // 6: cloister.debug.v1.Debug.PruneImages:input_type -> cloister.debug.v1.PruneImagesRequest
-	2, // 7: cloister.debug.v1.Debug.PullProgress:output_type -> cloister.debug.v1.PullProgressResponse
-	5, // 8: cloister.debug.v1.Debug.Fsck:output_type -> cloister.debug.v1.FsckResponse
-	8, // 9: cloister.debug.v1.Debug.PruneImages:output_type -> cloister.debug.v1.PruneImagesResponse
-	7, // [7:10] is the sub-list for method output_type
-	4, // [4:7] is the sub-list for method input_type
-	4, // [4:4] is the sub-list for extension type_name
-	4, // [4:4] is the sub-list for extension extendee
-	0, // [0:4] is the sub-list for field type_name
+	3,  // 0: cloister.debug.v1.MachinesResponse.machines:type_name -> cloister.debug.v1.Machine
+	8,  // 1: cloister.debug.v1.PullProgressResponse.layers:type_name -> cloister.debug.v1.Layer
+	0,  // 2: cloister.debug.v1.Layer.state:type_name -> cloister.debug.v1.Layer.State
+	11, // 3: cloister.debug.v1.FsckResponse.findings:type_name -> cloister.debug.v1.Finding
+	14, // 4: cloister.debug.v1.PruneImagesResponse.images:type_name -> cloister.debug.v1.PrunedImage
+	6,  // 5: cloister.debug.v1.Debug.PullProgress:input_type -> cloister.debug.v1.PullProgressRequest
+	9,  // 6: cloister.debug.v1.Debug.Fsck:input_type -> cloister.debug.v1.FsckRequest
+	12, // 7: cloister.debug.v1.Debug.PruneImages:input_type -> cloister.debug.v1.PruneImagesRequest
+	1,  // 8: cloister.debug.v1.Debug.Machines:input_type -> cloister.debug.v1.MachinesRequest
+	4,  // 9: cloister.debug.v1.Debug.RunInMachine:input_type -> cloister.debug.v1.RunInMachineRequest
+	7,  // 10: cloister.debug.v1.Debug.PullProgress:output_type -> cloister.debug.v1.PullProgressResponse
+	10, // 11: cloister.debug.v1.Debug.Fsck:output_type -> cloister.debug.v1.FsckResponse
+	13, // 12: cloister.debug.v1.Debug.PruneImages:output_type -> cloister.debug.v1.PruneImagesResponse
+	2,  // 13: cloister.debug.v1.Debug.Machines:output_type -> cloister.debug.v1.MachinesResponse
+	5,  // 14: cloister.debug.v1.Debug.RunInMachine:output_type -> cloister.debug.v1.RunInMachineResponse
+	10, // [10:15] is the sub-list for method output_type
+	5,  // [5:10] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_debug_v1_debug_proto_init() }
@@ -688,7 +1049,7 @@ func file_debug_v1_debug_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_debug_v1_debug_proto_rawDesc), len(file_debug_v1_debug_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   9,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

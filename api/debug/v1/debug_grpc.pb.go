@@ -25,6 +25,8 @@ const (
 	Debug_PullProgress_FullMethodName = "/cloister.debug.v1.Debug/PullProgress"
 	Debug_Fsck_FullMethodName         = "/cloister.debug.v1.Debug/Fsck"
 	Debug_PruneImages_FullMethodName  = "/cloister.debug.v1.Debug/PruneImages"
+	Debug_Machines_FullMethodName     = "/cloister.debug.v1.Debug/Machines"
+	Debug_RunInMachine_FullMethodName = "/cloister.debug.v1.Debug/RunInMachine"
 )
 
 // DebugClient is the client API for Debug service.
@@ -41,6 +43,10 @@ type DebugClient interface {
 	Fsck(ctx context.Context, in *FsckRequest, opts ...grpc.CallOption) (*FsckResponse, error)
 	// PruneImages removes images that no container uses and that are not pinned.
 	PruneImages(ctx context.Context, in *PruneImagesRequest, opts ...grpc.CallOption) (*PruneImagesResponse, error)
+	// Machines lists the virtual machines of pods.
+	Machines(ctx context.Context, in *MachinesRequest, opts ...grpc.CallOption) (*MachinesResponse, error)
+	// RunInMachine runs a program of a pod's guest, outside of its containers.
+	RunInMachine(ctx context.Context, in *RunInMachineRequest, opts ...grpc.CallOption) (*RunInMachineResponse, error)
 }
 
 type debugClient struct {
@@ -90,6 +96,26 @@ func (c *debugClient) PruneImages(ctx context.Context, in *PruneImagesRequest, o
 	return out, nil
 }
 
+func (c *debugClient) Machines(ctx context.Context, in *MachinesRequest, opts ...grpc.CallOption) (*MachinesResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(MachinesResponse)
+	err := c.cc.Invoke(ctx, Debug_Machines_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *debugClient) RunInMachine(ctx context.Context, in *RunInMachineRequest, opts ...grpc.CallOption) (*RunInMachineResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RunInMachineResponse)
+	err := c.cc.Invoke(ctx, Debug_RunInMachine_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // DebugServer is the server API for Debug service.
 // All implementations must embed UnimplementedDebugServer
 // for forward compatibility.
@@ -104,6 +130,10 @@ type DebugServer interface {
 	Fsck(context.Context, *FsckRequest) (*FsckResponse, error)
 	// PruneImages removes images that no container uses and that are not pinned.
 	PruneImages(context.Context, *PruneImagesRequest) (*PruneImagesResponse, error)
+	// Machines lists the virtual machines of pods.
+	Machines(context.Context, *MachinesRequest) (*MachinesResponse, error)
+	// RunInMachine runs a program of a pod's guest, outside of its containers.
+	RunInMachine(context.Context, *RunInMachineRequest) (*RunInMachineResponse, error)
 	mustEmbedUnimplementedDebugServer()
 }
 
@@ -122,6 +152,12 @@ func (UnimplementedDebugServer) Fsck(context.Context, *FsckRequest) (*FsckRespon
 }
 func (UnimplementedDebugServer) PruneImages(context.Context, *PruneImagesRequest) (*PruneImagesResponse, error) {
 	return nil, status.Errorf(codes.Unimplemented, "method PruneImages not implemented")
+}
+func (UnimplementedDebugServer) Machines(context.Context, *MachinesRequest) (*MachinesResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method Machines not implemented")
+}
+func (UnimplementedDebugServer) RunInMachine(context.Context, *RunInMachineRequest) (*RunInMachineResponse, error) {
+	return nil, status.Errorf(codes.Unimplemented, "method RunInMachine not implemented")
 }
 func (UnimplementedDebugServer) mustEmbedUnimplementedDebugServer() {}
 func (UnimplementedDebugServer) testEmbeddedByValue()               {}
@@ -191,6 +227,42 @@ func _Debug_PruneImages_Handler(srv interface{}, ctx context.Context, dec func(i
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Debug_Machines_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(MachinesRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DebugServer).Machines(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Debug_Machines_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DebugServer).Machines(ctx, req.(*MachinesRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Debug_RunInMachine_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RunInMachineRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(DebugServer).RunInMachine(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Debug_RunInMachine_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(DebugServer).RunInMachine(ctx, req.(*RunInMachineRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Debug_ServiceDesc is the grpc.ServiceDesc for Debug service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -205,6 +277,14 @@ var Debug_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "PruneImages",
 			Handler:    _Debug_PruneImages_Handler,
+		},
+		{
+			MethodName: "Machines",
+			Handler:    _Debug_Machines_Handler,
+		},
+		{
+			MethodName: "RunInMachine",
+			Handler:    _Debug_RunInMachine_Handler,
 		},
 	},
 	Streams: []grpc.StreamDesc{

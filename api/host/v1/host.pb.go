@@ -128,6 +128,7 @@ type ProbeRequest struct {
 	Binary        string                 `protobuf:"bytes,1,opt,name=binary,proto3" json:"binary,omitempty"` // path, or a name looked up in PATH
 	Root          string                 `protobuf:"bytes,2,opt,name=root,proto3" json:"root,omitempty"`     // state folder of the runtime; empty: the shim's own
 	SystemdCgroup bool                   `protobuf:"varint,3,opt,name=systemd_cgroup,json=systemdCgroup,proto3" json:"systemd_cgroup,omitempty"`
+	Extra         *anypb.Any             `protobuf:"bytes,4,opt,name=extra,proto3" json:"extra,omitempty"` // for the backend alone
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -181,6 +182,13 @@ func (x *ProbeRequest) GetSystemdCgroup() bool {
 		return x.SystemdCgroup
 	}
 	return false
+}
+
+func (x *ProbeRequest) GetExtra() *anypb.Any {
+	if x != nil {
+		return x.Extra
+	}
+	return nil
 }
 
 type ProbeResponse struct {
@@ -354,6 +362,7 @@ type InspectResponse struct {
 	// holders of the pidfd were gone). exit_status is 255 then.
 	StatusUnknown bool   `protobuf:"varint,6,opt,name=status_unknown,json=statusUnknown,proto3" json:"status_unknown,omitempty"`
 	LogPath       string `protobuf:"bytes,7,opt,name=log_path,json=logPath,proto3" json:"log_path,omitempty"`
+	Reason        string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"` // a sentence for people, when the status alone does not tell
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -433,6 +442,13 @@ func (x *InspectResponse) GetStatusUnknown() bool {
 func (x *InspectResponse) GetLogPath() string {
 	if x != nil {
 		return x.LogPath
+	}
+	return ""
+}
+
+func (x *InspectResponse) GetReason() string {
+	if x != nil {
+		return x.Reason
 	}
 	return ""
 }
@@ -794,11 +810,15 @@ type TaskOptions struct {
 	StdinOnce     bool                   `protobuf:"varint,7,opt,name=stdin_once,json=stdinOnce,proto3" json:"stdin_once,omitempty"` // the first client that closes its stdin closes the task's
 	// Nobody needs the state between create and start: Create only prepares and
 	// answers pid 0, Start runs the container with one call of the runtime.
-	RunOnStart    bool   `protobuf:"varint,8,opt,name=run_on_start,json=runOnStart,proto3" json:"run_on_start,omitempty"`
-	IoUid         uint32 `protobuf:"varint,9,opt,name=io_uid,json=ioUid,proto3" json:"io_uid,omitempty"`
-	IoGid         uint32 `protobuf:"varint,10,opt,name=io_gid,json=ioGid,proto3" json:"io_gid,omitempty"`
-	NoPivotRoot   bool   `protobuf:"varint,11,opt,name=no_pivot_root,json=noPivotRoot,proto3" json:"no_pivot_root,omitempty"`
-	NoCgroup      bool   `protobuf:"varint,12,opt,name=no_cgroup,json=noCgroup,proto3" json:"no_cgroup,omitempty"` // where the runtime can do without
+	RunOnStart  bool   `protobuf:"varint,8,opt,name=run_on_start,json=runOnStart,proto3" json:"run_on_start,omitempty"`
+	IoUid       uint32 `protobuf:"varint,9,opt,name=io_uid,json=ioUid,proto3" json:"io_uid,omitempty"`
+	IoGid       uint32 `protobuf:"varint,10,opt,name=io_gid,json=ioGid,proto3" json:"io_gid,omitempty"`
+	NoPivotRoot bool   `protobuf:"varint,11,opt,name=no_pivot_root,json=noPivotRoot,proto3" json:"no_pivot_root,omitempty"`
+	NoCgroup    bool   `protobuf:"varint,12,opt,name=no_cgroup,json=noCgroup,proto3" json:"no_cgroup,omitempty"` // where the runtime can do without
+	SandboxId   string `protobuf:"bytes,13,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	// The task joins the PID namespace of this one, where the path in the
+	// specification means nothing because the processes live in a machine.
+	TargetTask    string `protobuf:"bytes,14,opt,name=target_task,json=targetTask,proto3" json:"target_task,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -917,6 +937,20 @@ func (x *TaskOptions) GetNoCgroup() bool {
 	return false
 }
 
+func (x *TaskOptions) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *TaskOptions) GetTargetTask() string {
+	if x != nil {
+		return x.TargetTask
+	}
+	return ""
+}
+
 // SandboxOptions goes into CreateSandboxRequest.options for a resident shim.
 type SandboxOptions struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -926,6 +960,16 @@ type SandboxOptions struct {
 	UserNamespace string     `protobuf:"bytes,2,opt,name=user_namespace,json=userNamespace,proto3" json:"user_namespace,omitempty"` // path of the pinned user namespace, or empty
 	CgroupPath    string     `protobuf:"bytes,3,opt,name=cgroup_path,json=cgroupPath,proto3" json:"cgroup_path,omitempty"`          // where the holder process is put, or empty
 	Extra         *anypb.Any `protobuf:"bytes,4,opt,name=extra,proto3" json:"extra,omitempty"`                                      // for the backend alone
+	// What a sandbox with a kernel of its own has to know.
+	HostNetwork bool              `protobuf:"varint,5,opt,name=host_network,json=hostNetwork,proto3" json:"host_network,omitempty"` // namespaces of the node that the sandbox wants
+	HostPid     bool              `protobuf:"varint,6,opt,name=host_pid,json=hostPid,proto3" json:"host_pid,omitempty"`
+	HostIpc     bool              `protobuf:"varint,7,opt,name=host_ipc,json=hostIpc,proto3" json:"host_ipc,omitempty"`
+	Hostname    string            `protobuf:"bytes,8,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Sysctls     map[string]string `protobuf:"bytes,9,rep,name=sysctls,proto3" json:"sysctls,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// Sum of the limits of all containers, where the client knows it; 0: none.
+	CpuQuota      int64 `protobuf:"varint,10,opt,name=cpu_quota,json=cpuQuota,proto3" json:"cpu_quota,omitempty"`
+	CpuPeriod     int64 `protobuf:"varint,11,opt,name=cpu_period,json=cpuPeriod,proto3" json:"cpu_period,omitempty"`
+	MemoryLimit   int64 `protobuf:"varint,12,opt,name=memory_limit,json=memoryLimit,proto3" json:"memory_limit,omitempty"` // bytes
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -988,6 +1032,637 @@ func (x *SandboxOptions) GetExtra() *anypb.Any {
 	return nil
 }
 
+func (x *SandboxOptions) GetHostNetwork() bool {
+	if x != nil {
+		return x.HostNetwork
+	}
+	return false
+}
+
+func (x *SandboxOptions) GetHostPid() bool {
+	if x != nil {
+		return x.HostPid
+	}
+	return false
+}
+
+func (x *SandboxOptions) GetHostIpc() bool {
+	if x != nil {
+		return x.HostIpc
+	}
+	return false
+}
+
+func (x *SandboxOptions) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *SandboxOptions) GetSysctls() map[string]string {
+	if x != nil {
+		return x.Sysctls
+	}
+	return nil
+}
+
+func (x *SandboxOptions) GetCpuQuota() int64 {
+	if x != nil {
+		return x.CpuQuota
+	}
+	return 0
+}
+
+func (x *SandboxOptions) GetCpuPeriod() int64 {
+	if x != nil {
+		return x.CpuPeriod
+	}
+	return 0
+}
+
+func (x *SandboxOptions) GetMemoryLimit() int64 {
+	if x != nil {
+		return x.MemoryLimit
+	}
+	return 0
+}
+
+// MachineOptions say how virtual machines of a handler are made; they go into
+// SandboxOptions.extra and ProbeRequest.extra. The names are those of Kata's
+// configuration-qemu.toml where they mean the same.
+type MachineOptions struct {
+	state             protoimpl.MessageState `protogen:"open.v1"`
+	Path              string                 `protobuf:"bytes,1,opt,name=path,proto3" json:"path,omitempty"`     // QEMU; empty: looked up
+	Guests            string                 `protobuf:"bytes,2,opt,name=guests,proto3" json:"guests,omitempty"` // folder of the guests
+	Guest             string                 `protobuf:"bytes,3,opt,name=guest,proto3" json:"guest,omitempty"`   // name of a built guest; empty: the default one
+	Kernel            string                 `protobuf:"bytes,4,opt,name=kernel,proto3" json:"kernel,omitempty"` // instead of a guest
+	Initrd            string                 `protobuf:"bytes,5,opt,name=initrd,proto3" json:"initrd,omitempty"`
+	KernelParams      string                 `protobuf:"bytes,6,opt,name=kernel_params,json=kernelParams,proto3" json:"kernel_params,omitempty"`
+	MachineType       string                 `protobuf:"bytes,7,opt,name=machine_type,json=machineType,proto3" json:"machine_type,omitempty"` // microvm or q35
+	Accel             string                 `protobuf:"bytes,8,opt,name=accel,proto3" json:"accel,omitempty"`                                // kvm, tcg or auto
+	DefaultVcpus      uint32                 `protobuf:"varint,9,opt,name=default_vcpus,json=defaultVcpus,proto3" json:"default_vcpus,omitempty"`
+	DefaultMaxvcpus   uint32                 `protobuf:"varint,10,opt,name=default_maxvcpus,json=defaultMaxvcpus,proto3" json:"default_maxvcpus,omitempty"`
+	DefaultMemory     uint32                 `protobuf:"varint,11,opt,name=default_memory,json=defaultMemory,proto3" json:"default_memory,omitempty"`          // MiB
+	DefaultMaxmemory  uint32                 `protobuf:"varint,12,opt,name=default_maxmemory,json=defaultMaxmemory,proto3" json:"default_maxmemory,omitempty"` // MiB
+	OverheadMemory    uint32                 `protobuf:"varint,13,opt,name=overhead_memory,json=overheadMemory,proto3" json:"overhead_memory,omitempty"`       // MiB of the pod's cgroup that are not the guest's
+	SharedFs          string                 `protobuf:"bytes,14,opt,name=shared_fs,json=sharedFs,proto3" json:"shared_fs,omitempty"`                          // virtio-fs or none
+	VirtioFsDaemon    string                 `protobuf:"bytes,15,opt,name=virtio_fs_daemon,json=virtioFsDaemon,proto3" json:"virtio_fs_daemon,omitempty"`
+	VirtioFsCache     string                 `protobuf:"bytes,16,opt,name=virtio_fs_cache,json=virtioFsCache,proto3" json:"virtio_fs_cache,omitempty"`
+	VirtioFsExtraArgs []string               `protobuf:"bytes,17,rep,name=virtio_fs_extra_args,json=virtioFsExtraArgs,proto3" json:"virtio_fs_extra_args,omitempty"`
+	EnableAnnotations []string               `protobuf:"bytes,18,rep,name=enable_annotations,json=enableAnnotations,proto3" json:"enable_annotations,omitempty"`
+	BootTimeout       uint32                 `protobuf:"varint,19,opt,name=boot_timeout,json=bootTimeout,proto3" json:"boot_timeout,omitempty"` // seconds in which the guest has to answer
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
+}
+
+func (x *MachineOptions) Reset() {
+	*x = MachineOptions{}
+	mi := &file_host_v1_host_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MachineOptions) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MachineOptions) ProtoMessage() {}
+
+func (x *MachineOptions) ProtoReflect() protoreflect.Message {
+	mi := &file_host_v1_host_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MachineOptions.ProtoReflect.Descriptor instead.
+func (*MachineOptions) Descriptor() ([]byte, []int) {
+	return file_host_v1_host_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *MachineOptions) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetGuests() string {
+	if x != nil {
+		return x.Guests
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetGuest() string {
+	if x != nil {
+		return x.Guest
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetKernel() string {
+	if x != nil {
+		return x.Kernel
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetInitrd() string {
+	if x != nil {
+		return x.Initrd
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetKernelParams() string {
+	if x != nil {
+		return x.KernelParams
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetMachineType() string {
+	if x != nil {
+		return x.MachineType
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetAccel() string {
+	if x != nil {
+		return x.Accel
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetDefaultVcpus() uint32 {
+	if x != nil {
+		return x.DefaultVcpus
+	}
+	return 0
+}
+
+func (x *MachineOptions) GetDefaultMaxvcpus() uint32 {
+	if x != nil {
+		return x.DefaultMaxvcpus
+	}
+	return 0
+}
+
+func (x *MachineOptions) GetDefaultMemory() uint32 {
+	if x != nil {
+		return x.DefaultMemory
+	}
+	return 0
+}
+
+func (x *MachineOptions) GetDefaultMaxmemory() uint32 {
+	if x != nil {
+		return x.DefaultMaxmemory
+	}
+	return 0
+}
+
+func (x *MachineOptions) GetOverheadMemory() uint32 {
+	if x != nil {
+		return x.OverheadMemory
+	}
+	return 0
+}
+
+func (x *MachineOptions) GetSharedFs() string {
+	if x != nil {
+		return x.SharedFs
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetVirtioFsDaemon() string {
+	if x != nil {
+		return x.VirtioFsDaemon
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetVirtioFsCache() string {
+	if x != nil {
+		return x.VirtioFsCache
+	}
+	return ""
+}
+
+func (x *MachineOptions) GetVirtioFsExtraArgs() []string {
+	if x != nil {
+		return x.VirtioFsExtraArgs
+	}
+	return nil
+}
+
+func (x *MachineOptions) GetEnableAnnotations() []string {
+	if x != nil {
+		return x.EnableAnnotations
+	}
+	return nil
+}
+
+func (x *MachineOptions) GetBootTimeout() uint32 {
+	if x != nil {
+		return x.BootTimeout
+	}
+	return 0
+}
+
+type ForwardRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	Port          uint32                 `protobuf:"varint,2,opt,name=port,proto3" json:"port,omitempty"`
+	Socket        string                 `protobuf:"bytes,3,opt,name=socket,proto3" json:"socket,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ForwardRequest) Reset() {
+	*x = ForwardRequest{}
+	mi := &file_host_v1_host_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ForwardRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ForwardRequest) ProtoMessage() {}
+
+func (x *ForwardRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_host_v1_host_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ForwardRequest.ProtoReflect.Descriptor instead.
+func (*ForwardRequest) Descriptor() ([]byte, []int) {
+	return file_host_v1_host_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *ForwardRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *ForwardRequest) GetPort() uint32 {
+	if x != nil {
+		return x.Port
+	}
+	return 0
+}
+
+func (x *ForwardRequest) GetSocket() string {
+	if x != nil {
+		return x.Socket
+	}
+	return ""
+}
+
+type MachinesRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"` // empty: all
+	Console       bool                   `protobuf:"varint,2,opt,name=console,proto3" json:"console,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MachinesRequest) Reset() {
+	*x = MachinesRequest{}
+	mi := &file_host_v1_host_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MachinesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MachinesRequest) ProtoMessage() {}
+
+func (x *MachinesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_host_v1_host_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MachinesRequest.ProtoReflect.Descriptor instead.
+func (*MachinesRequest) Descriptor() ([]byte, []int) {
+	return file_host_v1_host_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *MachinesRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *MachinesRequest) GetConsole() bool {
+	if x != nil {
+		return x.Console
+	}
+	return false
+}
+
+type MachinesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Machines      []*Machine             `protobuf:"bytes,1,rep,name=machines,proto3" json:"machines,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MachinesResponse) Reset() {
+	*x = MachinesResponse{}
+	mi := &file_host_v1_host_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MachinesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MachinesResponse) ProtoMessage() {}
+
+func (x *MachinesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_host_v1_host_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MachinesResponse.ProtoReflect.Descriptor instead.
+func (*MachinesResponse) Descriptor() ([]byte, []int) {
+	return file_host_v1_host_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *MachinesResponse) GetMachines() []*Machine {
+	if x != nil {
+		return x.Machines
+	}
+	return nil
+}
+
+type Machine struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	Pid           uint32                 `protobuf:"varint,2,opt,name=pid,proto3" json:"pid,omitempty"`
+	MachineType   string                 `protobuf:"bytes,3,opt,name=machine_type,json=machineType,proto3" json:"machine_type,omitempty"`
+	Accel         string                 `protobuf:"bytes,4,opt,name=accel,proto3" json:"accel,omitempty"`
+	Kernel        string                 `protobuf:"bytes,5,opt,name=kernel,proto3" json:"kernel,omitempty"`
+	Cpus          uint32                 `protobuf:"varint,6,opt,name=cpus,proto3" json:"cpus,omitempty"`
+	Memory        int64                  `protobuf:"varint,7,opt,name=memory,proto3" json:"memory,omitempty"`
+	State         string                 `protobuf:"bytes,8,opt,name=state,proto3" json:"state,omitempty"` // booting, running or ended
+	BootMillis    int64                  `protobuf:"varint,9,opt,name=boot_millis,json=bootMillis,proto3" json:"boot_millis,omitempty"`
+	Console       []byte                 `protobuf:"bytes,10,opt,name=console,proto3" json:"console,omitempty"` // the end of it, when asked for
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Machine) Reset() {
+	*x = Machine{}
+	mi := &file_host_v1_host_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Machine) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Machine) ProtoMessage() {}
+
+func (x *Machine) ProtoReflect() protoreflect.Message {
+	mi := &file_host_v1_host_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Machine.ProtoReflect.Descriptor instead.
+func (*Machine) Descriptor() ([]byte, []int) {
+	return file_host_v1_host_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *Machine) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *Machine) GetPid() uint32 {
+	if x != nil {
+		return x.Pid
+	}
+	return 0
+}
+
+func (x *Machine) GetMachineType() string {
+	if x != nil {
+		return x.MachineType
+	}
+	return ""
+}
+
+func (x *Machine) GetAccel() string {
+	if x != nil {
+		return x.Accel
+	}
+	return ""
+}
+
+func (x *Machine) GetKernel() string {
+	if x != nil {
+		return x.Kernel
+	}
+	return ""
+}
+
+func (x *Machine) GetCpus() uint32 {
+	if x != nil {
+		return x.Cpus
+	}
+	return 0
+}
+
+func (x *Machine) GetMemory() int64 {
+	if x != nil {
+		return x.Memory
+	}
+	return 0
+}
+
+func (x *Machine) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *Machine) GetBootMillis() int64 {
+	if x != nil {
+		return x.BootMillis
+	}
+	return 0
+}
+
+func (x *Machine) GetConsole() []byte {
+	if x != nil {
+		return x.Console
+	}
+	return nil
+}
+
+type RunInMachineRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	SandboxId     string                 `protobuf:"bytes,1,opt,name=sandbox_id,json=sandboxId,proto3" json:"sandbox_id,omitempty"`
+	Args          []string               `protobuf:"bytes,2,rep,name=args,proto3" json:"args,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunInMachineRequest) Reset() {
+	*x = RunInMachineRequest{}
+	mi := &file_host_v1_host_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunInMachineRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunInMachineRequest) ProtoMessage() {}
+
+func (x *RunInMachineRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_host_v1_host_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunInMachineRequest.ProtoReflect.Descriptor instead.
+func (*RunInMachineRequest) Descriptor() ([]byte, []int) {
+	return file_host_v1_host_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *RunInMachineRequest) GetSandboxId() string {
+	if x != nil {
+		return x.SandboxId
+	}
+	return ""
+}
+
+func (x *RunInMachineRequest) GetArgs() []string {
+	if x != nil {
+		return x.Args
+	}
+	return nil
+}
+
+type RunInMachineResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Status        int32                  `protobuf:"varint,1,opt,name=status,proto3" json:"status,omitempty"`
+	Stdout        []byte                 `protobuf:"bytes,2,opt,name=stdout,proto3" json:"stdout,omitempty"` // at most 1 MiB
+	Stderr        []byte                 `protobuf:"bytes,3,opt,name=stderr,proto3" json:"stderr,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RunInMachineResponse) Reset() {
+	*x = RunInMachineResponse{}
+	mi := &file_host_v1_host_proto_msgTypes[20]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RunInMachineResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RunInMachineResponse) ProtoMessage() {}
+
+func (x *RunInMachineResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_host_v1_host_proto_msgTypes[20]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RunInMachineResponse.ProtoReflect.Descriptor instead.
+func (*RunInMachineResponse) Descriptor() ([]byte, []int) {
+	return file_host_v1_host_proto_rawDescGZIP(), []int{20}
+}
+
+func (x *RunInMachineResponse) GetStatus() int32 {
+	if x != nil {
+		return x.Status
+	}
+	return 0
+}
+
+func (x *RunInMachineResponse) GetStdout() []byte {
+	if x != nil {
+		return x.Stdout
+	}
+	return nil
+}
+
+func (x *RunInMachineResponse) GetStderr() []byte {
+	if x != nil {
+		return x.Stderr
+	}
+	return nil
+}
+
 var File_host_v1_host_proto protoreflect.FileDescriptor
 
 const file_host_v1_host_proto_rawDesc = "" +
@@ -997,11 +1672,12 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"\fInfoResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x18\n" +
 	"\abackend\x18\x02 \x01(\tR\abackend\x12\x10\n" +
-	"\x03pid\x18\x03 \x01(\rR\x03pid\"a\n" +
+	"\x03pid\x18\x03 \x01(\rR\x03pid\"\x8d\x01\n" +
 	"\fProbeRequest\x12\x16\n" +
 	"\x06binary\x18\x01 \x01(\tR\x06binary\x12\x12\n" +
 	"\x04root\x18\x02 \x01(\tR\x04root\x12%\n" +
-	"\x0esystemd_cgroup\x18\x03 \x01(\bR\rsystemdCgroup\"\xa6\x02\n" +
+	"\x0esystemd_cgroup\x18\x03 \x01(\bR\rsystemdCgroup\x12*\n" +
+	"\x05extra\x18\x04 \x01(\v2\x14.google.protobuf.AnyR\x05extra\"\xa6\x02\n" +
 	"\rProbeResponse\x12\x14\n" +
 	"\x05works\x18\x01 \x01(\bR\x05works\x12\x16\n" +
 	"\x06reason\x18\x02 \x01(\tR\x06reason\x12\x12\n" +
@@ -1015,7 +1691,7 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"\x06millis\x18\t \x01(\rR\x06millis\"9\n" +
 	"\x0eInspectRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x17\n" +
-	"\aexec_id\x18\x02 \x01(\tR\x06execId\"\xf6\x01\n" +
+	"\aexec_id\x18\x02 \x01(\tR\x06execId\"\x8e\x02\n" +
 	"\x0fInspectResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\rR\x03pid\x12\x16\n" +
 	"\x06exited\x18\x02 \x01(\bR\x06exited\x12\x1f\n" +
@@ -1025,7 +1701,8 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"oom_killed\x18\x05 \x01(\bR\toomKilled\x12%\n" +
 	"\x0estatus_unknown\x18\x06 \x01(\bR\rstatusUnknown\x12\x19\n" +
-	"\blog_path\x18\a \x01(\tR\alogPath\"\"\n" +
+	"\blog_path\x18\a \x01(\tR\alogPath\x12\x16\n" +
+	"\x06reason\x18\b \x01(\tR\x06reason\"\"\n" +
 	"\x10ReopenLogRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\"e\n" +
 	"\rAttachRequest\x12\x0e\n" +
@@ -1048,7 +1725,7 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x03 \x01(\tR\x06stderr\" \n" +
 	"\x0eCloseIORequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\xfe\x02\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\xbe\x03\n" +
 	"\vTaskOptions\x12\x1f\n" +
 	"\vbinary_name\x18\x01 \x01(\tR\n" +
 	"binaryName\x12\x12\n" +
@@ -1065,13 +1742,84 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"\x06io_gid\x18\n" +
 	" \x01(\rR\x05ioGid\x12\"\n" +
 	"\rno_pivot_root\x18\v \x01(\bR\vnoPivotRoot\x12\x1b\n" +
-	"\tno_cgroup\x18\f \x01(\bR\bnoCgroup\"\xa1\x01\n" +
+	"\tno_cgroup\x18\f \x01(\bR\bnoCgroup\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\r \x01(\tR\tsandboxId\x12\x1f\n" +
+	"\vtarget_task\x18\x0e \x01(\tR\n" +
+	"targetTask\"\xfa\x03\n" +
 	"\x0eSandboxOptions\x12\x1b\n" +
 	"\tshare_pid\x18\x01 \x01(\bR\bsharePid\x12%\n" +
 	"\x0euser_namespace\x18\x02 \x01(\tR\ruserNamespace\x12\x1f\n" +
 	"\vcgroup_path\x18\x03 \x01(\tR\n" +
 	"cgroupPath\x12*\n" +
-	"\x05extra\x18\x04 \x01(\v2\x14.google.protobuf.AnyR\x05extra2\x85\x04\n" +
+	"\x05extra\x18\x04 \x01(\v2\x14.google.protobuf.AnyR\x05extra\x12!\n" +
+	"\fhost_network\x18\x05 \x01(\bR\vhostNetwork\x12\x19\n" +
+	"\bhost_pid\x18\x06 \x01(\bR\ahostPid\x12\x19\n" +
+	"\bhost_ipc\x18\a \x01(\bR\ahostIpc\x12\x1a\n" +
+	"\bhostname\x18\b \x01(\tR\bhostname\x12G\n" +
+	"\asysctls\x18\t \x03(\v2-.cloister.host.v1.SandboxOptions.SysctlsEntryR\asysctls\x12\x1b\n" +
+	"\tcpu_quota\x18\n" +
+	" \x01(\x03R\bcpuQuota\x12\x1d\n" +
+	"\n" +
+	"cpu_period\x18\v \x01(\x03R\tcpuPeriod\x12!\n" +
+	"\fmemory_limit\x18\f \x01(\x03R\vmemoryLimit\x1a:\n" +
+	"\fSysctlsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x9f\x05\n" +
+	"\x0eMachineOptions\x12\x12\n" +
+	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
+	"\x06guests\x18\x02 \x01(\tR\x06guests\x12\x14\n" +
+	"\x05guest\x18\x03 \x01(\tR\x05guest\x12\x16\n" +
+	"\x06kernel\x18\x04 \x01(\tR\x06kernel\x12\x16\n" +
+	"\x06initrd\x18\x05 \x01(\tR\x06initrd\x12#\n" +
+	"\rkernel_params\x18\x06 \x01(\tR\fkernelParams\x12!\n" +
+	"\fmachine_type\x18\a \x01(\tR\vmachineType\x12\x14\n" +
+	"\x05accel\x18\b \x01(\tR\x05accel\x12#\n" +
+	"\rdefault_vcpus\x18\t \x01(\rR\fdefaultVcpus\x12)\n" +
+	"\x10default_maxvcpus\x18\n" +
+	" \x01(\rR\x0fdefaultMaxvcpus\x12%\n" +
+	"\x0edefault_memory\x18\v \x01(\rR\rdefaultMemory\x12+\n" +
+	"\x11default_maxmemory\x18\f \x01(\rR\x10defaultMaxmemory\x12'\n" +
+	"\x0foverhead_memory\x18\r \x01(\rR\x0eoverheadMemory\x12\x1b\n" +
+	"\tshared_fs\x18\x0e \x01(\tR\bsharedFs\x12(\n" +
+	"\x10virtio_fs_daemon\x18\x0f \x01(\tR\x0evirtioFsDaemon\x12&\n" +
+	"\x0fvirtio_fs_cache\x18\x10 \x01(\tR\rvirtioFsCache\x12/\n" +
+	"\x14virtio_fs_extra_args\x18\x11 \x03(\tR\x11virtioFsExtraArgs\x12-\n" +
+	"\x12enable_annotations\x18\x12 \x03(\tR\x11enableAnnotations\x12!\n" +
+	"\fboot_timeout\x18\x13 \x01(\rR\vbootTimeout\"[\n" +
+	"\x0eForwardRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n" +
+	"\x04port\x18\x02 \x01(\rR\x04port\x12\x16\n" +
+	"\x06socket\x18\x03 \x01(\tR\x06socket\"J\n" +
+	"\x0fMachinesRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x18\n" +
+	"\aconsole\x18\x02 \x01(\bR\aconsole\"I\n" +
+	"\x10MachinesResponse\x125\n" +
+	"\bmachines\x18\x01 \x03(\v2\x19.cloister.host.v1.MachineR\bmachines\"\x88\x02\n" +
+	"\aMachine\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x10\n" +
+	"\x03pid\x18\x02 \x01(\rR\x03pid\x12!\n" +
+	"\fmachine_type\x18\x03 \x01(\tR\vmachineType\x12\x14\n" +
+	"\x05accel\x18\x04 \x01(\tR\x05accel\x12\x16\n" +
+	"\x06kernel\x18\x05 \x01(\tR\x06kernel\x12\x12\n" +
+	"\x04cpus\x18\x06 \x01(\rR\x04cpus\x12\x16\n" +
+	"\x06memory\x18\a \x01(\x03R\x06memory\x12\x14\n" +
+	"\x05state\x18\b \x01(\tR\x05state\x12\x1f\n" +
+	"\vboot_millis\x18\t \x01(\x03R\n" +
+	"bootMillis\x12\x18\n" +
+	"\aconsole\x18\n" +
+	" \x01(\fR\aconsole\"H\n" +
+	"\x13RunInMachineRequest\x12\x1d\n" +
+	"\n" +
+	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n" +
+	"\x04args\x18\x02 \x03(\tR\x04args\"^\n" +
+	"\x14RunInMachineResponse\x12\x16\n" +
+	"\x06status\x18\x01 \x01(\x05R\x06status\x12\x16\n" +
+	"\x06stdout\x18\x02 \x01(\fR\x06stdout\x12\x16\n" +
+	"\x06stderr\x18\x03 \x01(\fR\x06stderr2\xfc\x05\n" +
 	"\x04Host\x12E\n" +
 	"\x04Info\x12\x1d.cloister.host.v1.InfoRequest\x1a\x1e.cloister.host.v1.InfoResponse\x12H\n" +
 	"\x05Probe\x12\x1e.cloister.host.v1.ProbeRequest\x1a\x1f.cloister.host.v1.ProbeResponse\x12N\n" +
@@ -1079,7 +1827,10 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"\tReopenLog\x12\".cloister.host.v1.ReopenLogRequest\x1a\x16.google.protobuf.Empty\x12A\n" +
 	"\x06Attach\x12\x1f.cloister.host.v1.AttachRequest\x1a\x16.google.protobuf.Empty\x12K\n" +
 	"\x06OpenIO\x12\x1f.cloister.host.v1.OpenIORequest\x1a .cloister.host.v1.OpenIOResponse\x12C\n" +
-	"\aCloseIO\x12 .cloister.host.v1.CloseIORequest\x1a\x16.google.protobuf.EmptyB!Z\x1fcloister.dev/api/host/v1;hostv1b\x06proto3"
+	"\aCloseIO\x12 .cloister.host.v1.CloseIORequest\x1a\x16.google.protobuf.Empty\x12C\n" +
+	"\aForward\x12 .cloister.host.v1.ForwardRequest\x1a\x16.google.protobuf.Empty\x12Q\n" +
+	"\bMachines\x12!.cloister.host.v1.MachinesRequest\x1a\".cloister.host.v1.MachinesResponse\x12]\n" +
+	"\fRunInMachine\x12%.cloister.host.v1.RunInMachineRequest\x1a&.cloister.host.v1.RunInMachineResponseB!Z\x1fcloister.dev/api/host/v1;hostv1b\x06proto3"
 
 var (
 	file_host_v1_host_proto_rawDescOnce sync.Once
@@ -1093,7 +1844,7 @@ func file_host_v1_host_proto_rawDescGZIP() []byte {
 	return file_host_v1_host_proto_rawDescData
 }
 
-var file_host_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_host_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
 var file_host_v1_host_proto_goTypes = []any{
 	(*InfoRequest)(nil),           // 0: cloister.host.v1.InfoRequest
 	(*InfoResponse)(nil),          // 1: cloister.host.v1.InfoResponse
@@ -1109,34 +1860,51 @@ var file_host_v1_host_proto_goTypes = []any{
 	(*CloseIORequest)(nil),        // 11: cloister.host.v1.CloseIORequest
 	(*TaskOptions)(nil),           // 12: cloister.host.v1.TaskOptions
 	(*SandboxOptions)(nil),        // 13: cloister.host.v1.SandboxOptions
-	(*timestamppb.Timestamp)(nil), // 14: google.protobuf.Timestamp
-	(*anypb.Any)(nil),             // 15: google.protobuf.Any
-	(*emptypb.Empty)(nil),         // 16: google.protobuf.Empty
+	(*MachineOptions)(nil),        // 14: cloister.host.v1.MachineOptions
+	(*ForwardRequest)(nil),        // 15: cloister.host.v1.ForwardRequest
+	(*MachinesRequest)(nil),       // 16: cloister.host.v1.MachinesRequest
+	(*MachinesResponse)(nil),      // 17: cloister.host.v1.MachinesResponse
+	(*Machine)(nil),               // 18: cloister.host.v1.Machine
+	(*RunInMachineRequest)(nil),   // 19: cloister.host.v1.RunInMachineRequest
+	(*RunInMachineResponse)(nil),  // 20: cloister.host.v1.RunInMachineResponse
+	nil,                           // 21: cloister.host.v1.SandboxOptions.SysctlsEntry
+	(*anypb.Any)(nil),             // 22: google.protobuf.Any
+	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(*emptypb.Empty)(nil),         // 24: google.protobuf.Empty
 }
 var file_host_v1_host_proto_depIdxs = []int32{
-	14, // 0: cloister.host.v1.InspectResponse.exited_at:type_name -> google.protobuf.Timestamp
-	8,  // 1: cloister.host.v1.OpenIORequest.log:type_name -> cloister.host.v1.Log
-	8,  // 2: cloister.host.v1.TaskOptions.log:type_name -> cloister.host.v1.Log
-	15, // 3: cloister.host.v1.SandboxOptions.extra:type_name -> google.protobuf.Any
-	0,  // 4: cloister.host.v1.Host.Info:input_type -> cloister.host.v1.InfoRequest
-	2,  // 5: cloister.host.v1.Host.Probe:input_type -> cloister.host.v1.ProbeRequest
-	4,  // 6: cloister.host.v1.Host.Inspect:input_type -> cloister.host.v1.InspectRequest
-	6,  // 7: cloister.host.v1.Host.ReopenLog:input_type -> cloister.host.v1.ReopenLogRequest
-	7,  // 8: cloister.host.v1.Host.Attach:input_type -> cloister.host.v1.AttachRequest
-	9,  // 9: cloister.host.v1.Host.OpenIO:input_type -> cloister.host.v1.OpenIORequest
-	11, // 10: cloister.host.v1.Host.CloseIO:input_type -> cloister.host.v1.CloseIORequest
-	1,  // 11: cloister.host.v1.Host.Info:output_type -> cloister.host.v1.InfoResponse
-	3,  // 12: cloister.host.v1.Host.Probe:output_type -> cloister.host.v1.ProbeResponse
-	5,  // 13: cloister.host.v1.Host.Inspect:output_type -> cloister.host.v1.InspectResponse
-	16, // 14: cloister.host.v1.Host.ReopenLog:output_type -> google.protobuf.Empty
-	16, // 15: cloister.host.v1.Host.Attach:output_type -> google.protobuf.Empty
-	10, // 16: cloister.host.v1.Host.OpenIO:output_type -> cloister.host.v1.OpenIOResponse
-	16, // 17: cloister.host.v1.Host.CloseIO:output_type -> google.protobuf.Empty
-	11, // [11:18] is the sub-list for method output_type
-	4,  // [4:11] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	22, // 0: cloister.host.v1.ProbeRequest.extra:type_name -> google.protobuf.Any
+	23, // 1: cloister.host.v1.InspectResponse.exited_at:type_name -> google.protobuf.Timestamp
+	8,  // 2: cloister.host.v1.OpenIORequest.log:type_name -> cloister.host.v1.Log
+	8,  // 3: cloister.host.v1.TaskOptions.log:type_name -> cloister.host.v1.Log
+	22, // 4: cloister.host.v1.SandboxOptions.extra:type_name -> google.protobuf.Any
+	21, // 5: cloister.host.v1.SandboxOptions.sysctls:type_name -> cloister.host.v1.SandboxOptions.SysctlsEntry
+	18, // 6: cloister.host.v1.MachinesResponse.machines:type_name -> cloister.host.v1.Machine
+	0,  // 7: cloister.host.v1.Host.Info:input_type -> cloister.host.v1.InfoRequest
+	2,  // 8: cloister.host.v1.Host.Probe:input_type -> cloister.host.v1.ProbeRequest
+	4,  // 9: cloister.host.v1.Host.Inspect:input_type -> cloister.host.v1.InspectRequest
+	6,  // 10: cloister.host.v1.Host.ReopenLog:input_type -> cloister.host.v1.ReopenLogRequest
+	7,  // 11: cloister.host.v1.Host.Attach:input_type -> cloister.host.v1.AttachRequest
+	9,  // 12: cloister.host.v1.Host.OpenIO:input_type -> cloister.host.v1.OpenIORequest
+	11, // 13: cloister.host.v1.Host.CloseIO:input_type -> cloister.host.v1.CloseIORequest
+	15, // 14: cloister.host.v1.Host.Forward:input_type -> cloister.host.v1.ForwardRequest
+	16, // 15: cloister.host.v1.Host.Machines:input_type -> cloister.host.v1.MachinesRequest
+	19, // 16: cloister.host.v1.Host.RunInMachine:input_type -> cloister.host.v1.RunInMachineRequest
+	1,  // 17: cloister.host.v1.Host.Info:output_type -> cloister.host.v1.InfoResponse
+	3,  // 18: cloister.host.v1.Host.Probe:output_type -> cloister.host.v1.ProbeResponse
+	5,  // 19: cloister.host.v1.Host.Inspect:output_type -> cloister.host.v1.InspectResponse
+	24, // 20: cloister.host.v1.Host.ReopenLog:output_type -> google.protobuf.Empty
+	24, // 21: cloister.host.v1.Host.Attach:output_type -> google.protobuf.Empty
+	10, // 22: cloister.host.v1.Host.OpenIO:output_type -> cloister.host.v1.OpenIOResponse
+	24, // 23: cloister.host.v1.Host.CloseIO:output_type -> google.protobuf.Empty
+	24, // 24: cloister.host.v1.Host.Forward:output_type -> google.protobuf.Empty
+	17, // 25: cloister.host.v1.Host.Machines:output_type -> cloister.host.v1.MachinesResponse
+	20, // 26: cloister.host.v1.Host.RunInMachine:output_type -> cloister.host.v1.RunInMachineResponse
+	17, // [17:27] is the sub-list for method output_type
+	7,  // [7:17] is the sub-list for method input_type
+	7,  // [7:7] is the sub-list for extension type_name
+	7,  // [7:7] is the sub-list for extension extendee
+	0,  // [0:7] is the sub-list for field type_name
 }
 
 func init() { file_host_v1_host_proto_init() }
@@ -1150,7 +1918,7 @@ func file_host_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_host_v1_host_proto_rawDesc), len(file_host_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   22,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -16,6 +16,9 @@ type HostService interface {
 	Attach(context.Context, *AttachRequest) (*emptypb.Empty, error)
 	OpenIO(context.Context, *OpenIORequest) (*OpenIOResponse, error)
 	CloseIO(context.Context, *CloseIORequest) (*emptypb.Empty, error)
+	Forward(context.Context, *ForwardRequest) (*emptypb.Empty, error)
+	Machines(context.Context, *MachinesRequest) (*MachinesResponse, error)
+	RunInMachine(context.Context, *RunInMachineRequest) (*RunInMachineResponse, error)
 }
 
 func RegisterHostService(srv *ttrpc.Server, svc HostService) {
@@ -69,6 +72,27 @@ func RegisterHostService(srv *ttrpc.Server, svc HostService) {
 					return nil, err
 				}
 				return svc.CloseIO(ctx, &req)
+			},
+			"Forward": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ForwardRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Forward(ctx, &req)
+			},
+			"Machines": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req MachinesRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Machines(ctx, &req)
+			},
+			"RunInMachine": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req RunInMachineRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.RunInMachine(ctx, &req)
 			},
 		},
 	})
@@ -135,6 +159,30 @@ func (c *hostClient) OpenIO(ctx context.Context, req *OpenIORequest) (*OpenIORes
 func (c *hostClient) CloseIO(ctx context.Context, req *CloseIORequest) (*emptypb.Empty, error) {
 	var resp emptypb.Empty
 	if err := c.client.Call(ctx, "cloister.host.v1.Host", "CloseIO", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *hostClient) Forward(ctx context.Context, req *ForwardRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "cloister.host.v1.Host", "Forward", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *hostClient) Machines(ctx context.Context, req *MachinesRequest) (*MachinesResponse, error) {
+	var resp MachinesResponse
+	if err := c.client.Call(ctx, "cloister.host.v1.Host", "Machines", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *hostClient) RunInMachine(ctx context.Context, req *RunInMachineRequest) (*RunInMachineResponse, error) {
+	var resp RunInMachineResponse
+	if err := c.client.Call(ctx, "cloister.host.v1.Host", "RunInMachine", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -120,7 +120,7 @@ func (b *Backend) Start(ctx context.Context, t *host.TaskSpec, s host.Streams, e
 
 // launch makes a container's init, which runs (verb "run") or waits for Start.
 func (b *Backend) launch(ctx context.Context, t *host.TaskSpec, verb string, s host.Streams, exited func(proc.Exit)) (st host.Started, err error) {
-	if err := mountRootfs(t); err != nil {
+	if err := MountRootfs(t); err != nil {
 		return st, err
 	}
 	defer func() {
@@ -216,7 +216,7 @@ func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
 	ctx = context.WithoutCancel(ctx)
 	r, err := b.runtime(t.Runtime.Binary)
 	if err != nil {
-		return errors.Join(unmountRootfs(t), ignoreNotFound(err))
+		return errors.Join(UnmountRootfs(t), ignoreNotFound(err))
 	}
 	state := filepath.Join(b.root(r, t.Runtime.Root), t.ID)
 	if _, serr := os.Stat(state); serr == nil {
@@ -232,7 +232,7 @@ func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
 		// Nothing was there to delete, or the runtime died before it noted it.
 		err = sweep(ctx, placeOfSpec(t))
 	}
-	return errors.Join(err, unmountRootfs(t))
+	return errors.Join(err, UnmountRootfs(t))
 }
 
 // forget removes a container that its runtime cannot delete because its state

@@ -28,9 +28,9 @@ var mountFlags = map[string]struct {
 	"sync": {false, unix.MS_SYNCHRONOUS}, "dirsync": {false, unix.MS_DIRSYNC},
 }
 
-// mountRootfs mounts what the request names on the bundle's rootfs. Cloister's
+// MountRootfs mounts what the request names on the bundle's rootfs. Cloister's
 // own daemon names nothing: it has mounted already.
-func mountRootfs(t *host.TaskSpec) (err error) {
+func MountRootfs(t *host.TaskSpec) (err error) {
 	if len(t.Rootfs) == 0 {
 		return nil
 	}
@@ -40,7 +40,7 @@ func mountRootfs(t *host.TaskSpec) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, unmountRootfs(t))
+			err = errors.Join(err, UnmountRootfs(t))
 		}
 	}()
 	for _, m := range t.Rootfs {
@@ -83,7 +83,8 @@ func mount(m host.Mount, target string) error {
 	return nil
 }
 
-func unmountRootfs(t *host.TaskSpec) error {
+// UnmountRootfs undoes MountRootfs, as far as it went.
+func UnmountRootfs(t *host.TaskSpec) error {
 	rootfs := filepath.Join(t.Bundle, "rootfs")
 	for range t.Rootfs {
 		if err := unix.Unmount(rootfs, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {

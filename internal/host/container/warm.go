@@ -34,6 +34,13 @@ func newWarmth(log *slog.Logger) *warmth {
 	return &warmth{procs: ownProcs("/proc/self/cgroup", "/sys/fs/cgroup"), log: log}
 }
 
+// WithoutWarming leaves that lock alone: on an emulated processor, and with one
+// processor for everything, hurrying the kernel costs more than it saves.
+func (b *Backend) WithoutWarming() *Backend {
+	b.warmth.procs = ""
+	return b
+}
+
 // hold keeps the lock quick until release is called.
 func (w *warmth) hold() (release func()) {
 	w.mu.Lock()

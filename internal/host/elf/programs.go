@@ -61,3 +61,13 @@ func (p *Program) hold() *Program {
 	p.Call(unix.SYS_PPOLL, Int(0), Int(0), Int(0), Int(0), Int(0))
 	return p.Goto("again")
 }
+
+// Say is a program that writes text to its standard output and ends. As the
+// first program of a machine it tells that the kernel has come up.
+func Say(text string) ([]byte, error) {
+	p, err := New()
+	if err != nil {
+		return nil, err
+	}
+	return p.Call(unix.SYS_WRITE, Int(1), Str(text), Int(len(text))).Call(unix.SYS_EXIT_GROUP, Int(0)).Bytes(), nil
+}

@@ -2,6 +2,7 @@ package proc
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -61,7 +62,7 @@ func TestJournal(t *testing.T) {
 // TestStranger watches a process as after a crash: somebody else reaps it.
 func TestStranger(t *testing.T) {
 	dir := t.TempDir()
-	r := &Reaper{log: slog.New(slog.DiscardHandler), watched: map[int]func(Exit){}, early: map[int]Exit{}, journals: []string{filepath.Join(dir, "none")}}
+	r := &Reaper{log: slog.New(slog.DiscardHandler), watched: map[int]func(Exit){}, early: map[int]Exit{}, journals: []string{filepath.Join(dir, "none")}, exitInfo: exitInfo}
 	for _, c := range []struct {
 		script string
 		signal unix.Signal
@@ -173,5 +174,43 @@ func TestZCommands(t *testing.T) {
 	}
 	if e := <-exited; e.Status != 9 && !e.Unknown { // sh may have reaped it itself
 		t.Errorf("%+v", e)
+	}
+	adoptedEarly(t, r)
+}
+
+// adoptedEarly watches a process that becomes our child only later, when the
+// command between has ended, on a kernel that tells no status through a pidfd.
+func adoptedEarly(t *testing.T, r *Reaper) {
+	t.Helper()
+	r.exitInfo = func(int) (int, bool) { return 0, false }
+	read, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer read.Close()
+	command := make(chan Exit, 1)
+	_, err = r.Start(Command{Path: "/bin/sh", Args: []string{"sh", "-c", "(sleep 0.4; exit 5) >/dev/null & echo $!; sleep 0.2"}, Files: [3]*os.File{nil, write, nil}},
+		func(e Exit) { command <- e })
+	write.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid := 0
+	if _, err := fmt.Fscan(read, &pid); err != nil {
+		t.Fatal(err)
+	}
+	exited := make(chan Exit, 2)
+	pidfd, _, err := r.Adopt(pid, func(e Exit) { exited <- e })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pidfd.Close()
+	<-command
+	if e := <-exited; e.Status != 5 {
+		t.Errorf("%+v, want status 5", e)
+	}
+	r.strangers.Wait()
+	if len(exited) > 0 || len(r.foreign) > 0 {
+		t.Errorf("told again %d times, %d still awaited", len(exited), len(r.foreign))
 	}
 }

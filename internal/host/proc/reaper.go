@@ -23,10 +23,12 @@ import (
 type Reaper struct {
 	log      *slog.Logger
 	journals []string // exit journals of other reapers, asked about strangers
+	exitInfo func(pidfd int) (status int, ok bool)
 
 	mu        sync.Mutex
 	watched   map[int]func(Exit)
-	births    int // commands running that may leave children behind
+	foreign   map[int]uint64 // watched ones that were not our children then, with their start
+	births    int            // commands running that may leave children behind
 	early     map[int]Exit
 	own       *os.File // journal of early exits
 	strangers sync.WaitGroup
@@ -44,7 +46,7 @@ func NewReaper(log *slog.Logger, ownJournal string, journals ...string) (*Reaper
 		return nil, fmt.Errorf("open the exit journal: %w", err)
 	}
 	return &Reaper{log: log, own: own, journals: append(journals, ownJournal),
-		watched: map[int]func(Exit){}, early: map[int]Exit{}}, nil
+		watched: map[int]func(Exit){}, foreign: map[int]uint64{}, early: map[int]Exit{}, exitInfo: exitInfo}, nil
 }
 
 // Run reaps until ctx ends.
@@ -118,6 +120,7 @@ func (r *Reaper) reapOne() bool {
 		return true
 	}
 	delete(r.watched, pid)
+	delete(r.foreign, pid)
 	r.mu.Unlock()
 	exited(exit)
 	Reap(pid)
@@ -156,22 +159,26 @@ func (r *Reaper) Adopt(pid int, exited func(Exit)) (pidfd *os.File, start uint64
 		st, serr := ReadStat(pid)
 		if serr == nil && st.PPid == os.Getpid() {
 			r.watched[pid] = exited
+			delete(r.foreign, pid)
 			delete(r.early, pid)
 			r.mu.Unlock()
 			return pidfd, st.Start, nil
 		}
 		exit, gone := r.early[pid]
-		r.mu.Unlock()
 		if gone { // the pid belongs to another process by now
+			r.mu.Unlock()
 			pidfd.Close()
 			exited(exit)
 			return nil, 0, nil
 		}
 		if serr != nil {
+			r.mu.Unlock()
 			pidfd.Close()
 			return nil, 0, fmt.Errorf("read the state of process %d: %w", pid, serr)
 		}
-		r.WatchStranger(pid, st.Start, pidfd, exited)
+		told := r.expect(pid, st.Start, exited)
+		r.mu.Unlock()
+		r.WatchStranger(pid, st.Start, pidfd, told)
 		return pidfd, st.Start, nil
 	}
 	exit, ok := r.early[pid]
@@ -186,6 +193,24 @@ func (r *Reaper) Adopt(pid int, exited func(Exit)) (pidfd *os.File, start uint64
 	return nil, 0, nil
 }
 
+// expect prepares for a child's child becoming ours, when the command that
+// began it ends: then the loop reaps it, and nobody else could tell its status.
+// mu is held. What expect gives is for whoever watches the process meanwhile.
+func (r *Reaper) expect(pid int, start uint64, exited func(Exit)) (told func(Exit)) {
+	var once sync.Once
+	tell := func(e Exit) { once.Do(func() { exited(e) }) }
+	r.watched[pid], r.foreign[pid] = tell, start
+	return func(e Exit) {
+		tell(e)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if s, ok := r.foreign[pid]; ok && s == start {
+			delete(r.foreign, pid)
+			delete(r.watched, pid)
+		}
+	}
+}
+
 // Command is one program to run to its end.
 type Command struct {
 	Path  string
@@ -195,9 +220,13 @@ type Command struct {
 	Files [3]*os.File // nil is /dev/null
 	Extra []*os.File  // descriptors 3 and on
 	Sys   *syscall.SysProcAttr
+	// Cgroups are folders of cgroups, at most one of each hierarchy, that the
+	// program is in from its first instruction on. Empty: this process's own.
+	Cgroups []string
 }
 
-// Start forks c on the calling thread and reports its end to exited.
+// Start forks c, on the calling thread unless it names cgroups, and reports
+// its end to exited.
 func (r *Reaper) Start(c Command, exited func(Exit)) (pid int, err error) {
 	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
 	if err != nil {
@@ -213,7 +242,7 @@ func (r *Reaper) Start(c Command, exited func(Exit)) (pid int, err error) {
 	}
 	done := r.Birth()
 	defer done()
-	if pid, err = syscall.ForkExec(c.Path, c.Args, attr); err != nil {
+	if pid, err = fork(c, attr); err != nil {
 		return 0, fmt.Errorf("run %s: %w", c.Path, err)
 	}
 	r.mu.Lock()
@@ -227,6 +256,7 @@ func (r *Reaper) Start(c Command, exited func(Exit)) (pid int, err error) {
 		return pid, nil
 	}
 	r.watched[pid] = exited
+	delete(r.foreign, pid)
 	r.mu.Unlock()
 	return pid, nil
 }

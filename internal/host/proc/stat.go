@@ -29,6 +29,7 @@ type Exit struct {
 	Status  int       `json:"status"` // 128+n for signal n
 	At      time.Time `json:"at"`
 	Unknown bool      `json:"unknown,omitempty"` // nobody could tell; Status is 255
+	Reason  string    `json:"reason,omitempty"`  // a sentence for people, where the status does not tell
 }
 
 // UnknownExit stands for an end whose status is lost.

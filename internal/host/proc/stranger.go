@@ -83,7 +83,7 @@ func (r *Reaper) strangerExit(fd, pid int, start uint64) Exit {
 		if st, err := ReadStat(pid); err == nil && st.Start == start && st.State == 'Z' {
 			return Exit{Status: decodeStatus(st.waitCode), At: time.Now()}
 		}
-		if s, ok := exitInfo(fd); ok {
+		if s, ok := r.exitInfo(fd); ok {
 			return Exit{Status: s, At: time.Now()}
 		}
 	}

@@ -8,6 +8,8 @@
 //	    writes only `line 1`, `line 2`, …, R of them a second, without end when
 //	    LINES is 0. After the last line, or at SIGTERM, it exits with CODE;
 //	    with -hold it waits for SIGTERM after the last line.
+//	demo -uname
+//	    prints the release of the kernel that it runs on, as uname -r does.
 //	demo -fetch URL
 //	    GETs URL and prints the body: a client where the image has no curl.
 package main
@@ -36,8 +38,18 @@ func main() {
 	rate := flag.Float64("rate", 20, "with -lines, lines a second")
 	hold := flag.Bool("hold", false, "after the last line wait for SIGTERM")
 	fetch := flag.String("fetch", "", "GET this URL, print the body, exit")
+	uname := flag.Bool("uname", false, "print the kernel's release, exit")
 	flag.Parse()
 
+	if *uname {
+		b, err := os.ReadFile("/proc/sys/kernel/osrelease")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "demo:", err)
+			os.Exit(1)
+		}
+		os.Stdout.Write(b)
+		return
+	}
 	if *fetch != "" {
 		if err := get(*fetch); err != nil {
 			fmt.Fprintln(os.Stderr, "demo:", err)

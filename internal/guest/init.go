@@ -1,0 +1,275 @@
+package guest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
+	"github.com/containerd/ttrpc"
+	"golang.org/x/sys/unix"
+
+	guestv1 "cloister.dev/api/guest/v1"
+	"cloister.dev/internal/host/container"
+	"cloister.dev/internal/host/proc"
+	"cloister.dev/internal/host/vm/image"
+)
+
+// Kernel parameters that the agent reads.
+const (
+	machineParam = "cloister.machine=" // the machine type
+	logParam     = "cloister.log="     // the agent's log level
+)
+
+// Init is the first process of a machine. It returns only by turning the
+// machine off.
+func Init(version string) {
+	var level slog.LevelVar
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: &level}))
+	err := run(version, log, &level)
+	log.Error("this machine cannot be a pod", "err", err)
+	unix.Sync()
+	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART); err != nil {
+		log.Error("the machine does not go off", "err", err)
+	}
+}
+
+func run(version string, log *slog.Logger, level *slog.LevelVar) error {
+	debug.SetGCPercent(50)
+	began := time.Now()
+	if err := mountKernel(); err != nil {
+		return err
+	}
+	// An unreadable level leaves the default.
+	_ = level.UnmarshalText([]byte(parameter(logParam)))
+	contents, err := readContents()
+	if err != nil {
+		return err
+	}
+	if err := loadModules(contents, parameter(machineParam)); err != nil {
+		return err
+	}
+	if err := answerModprobe(); err != nil {
+		return err
+	}
+	if err := leaveInitialRoot(); err != nil {
+		return err
+	}
+	if err := mountFolders(); err != nil {
+		return err
+	}
+	reaper, err := proc.NewReaper(log, runDir+"/exits")
+	if err != nil {
+		return err
+	}
+	ctx := context.Background()
+	go reaper.Run(ctx)
+	ports, err := newPorts(log)
+	if err != nil {
+		return err
+	}
+	go ports.run(ctx)
+	a := &Agent{log: log, backend: container.New(runDir, reaper, log).WithoutWarming(), ports: ports, reaper: reaper,
+		runtime: contents.Runtime, version: version, began: began, tasks: map[string]*task{}}
+	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(a.intercept))
+	if err != nil {
+		return err
+	}
+	guestv1.RegisterGuestService(srv, a)
+	return srv.Serve(ctx, listener{ports, ctx})
+}
+
+// intercept gives errors their gRPC code, and tells how long calls take.
+func (a *Agent) intercept(ctx context.Context, unmarshal ttrpc.Unmarshaler, i *ttrpc.UnaryServerInfo, method ttrpc.Method) (any, error) {
+	began := time.Now()
+	resp, err := method(ctx, unmarshal)
+	a.log.Debug("call", "method", i.FullMethod, "took", time.Since(began), "err", err)
+	return resp, errgrpc.ToGRPC(err)
+}
+
+// fileSystem is one to mount at start.
+type fileSystem struct {
+	kind, target string
+	flags        uintptr
+	data         string
+}
+
+func mountAll(all []fileSystem) error {
+	for _, m := range all {
+		if err := os.MkdirAll(m.target, 0o755); err != nil {
+			return err
+		}
+		if err := unix.Mount(m.kind, m.target, m.kind, m.flags, m.data); err != nil && !errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("mount %s: %w", m.target, err)
+		}
+	}
+	return nil
+}
+
+const locked = unix.MS_NOSUID | unix.MS_NOEXEC | unix.MS_NODEV
+
+func mountKernel() error {
+	return mountAll([]fileSystem{
+		{"proc", "/proc", locked, ""},
+		{"sysfs", "/sys", locked, ""},
+		{"devtmpfs", "/dev", unix.MS_NOSUID, "mode=755"},
+	})
+}
+
+func mountFolders() error {
+	if err := mountAll([]fileSystem{
+		{"devpts", "/dev/pts", unix.MS_NOSUID | unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620,gid=5"},
+		{"tmpfs", "/dev/shm", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
+		{"tmpfs", "/run", unix.MS_NOSUID | unix.MS_NODEV, "mode=755"},
+		{"tmpfs", "/tmp", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
+		{"cgroup2", "/sys/fs/cgroup", locked, "nsdelegate,memory_recursiveprot"},
+		{"mqueue", "/dev/mqueue", locked, ""},
+	}); err != nil {
+		return err
+	}
+	for _, dir := range []string{runDir, tasksDir, ShareDir, ShmDir} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	for name, to := range map[string]string{"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"} {
+		if err := os.Symlink(to, filepath.Join("/dev", name)); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+	}
+	return enableControllers("/sys/fs/cgroup")
+}
+
+// enableControllers lets the cgroups of containers have all controllers.
+func enableControllers(dir string) error {
+	b, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
+	if err != nil {
+		return fmt.Errorf("read the controllers: %w", err)
+	}
+	for c := range strings.FieldsSeq(string(b)) {
+		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+c), 0); err != nil {
+			return fmt.Errorf("enable the controller %s: %w", c, err)
+		}
+	}
+	return nil
+}
+
+// leaveInitialRoot makes a second mount of the initial file system the root:
+// containers' runtimes pivot their root, which the kernel does not allow from
+// the first mount.
+func leaveInitialRoot() error {
+	const dir = "/run"
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount("/", dir, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("bind the root: %w", err)
+	}
+	for _, m := range []string{"/proc", "/sys", "/dev"} {
+		if err := unix.Mount(m, dir+m, "", unix.MS_MOVE, ""); err != nil {
+			return fmt.Errorf("move %s: %w", m, err)
+		}
+	}
+	if err := unix.Chdir(dir); err != nil {
+		return err
+	}
+	if err := unix.Mount(".", "/", "", unix.MS_MOVE, ""); err != nil {
+		return fmt.Errorf("move the root: %w", err)
+	}
+	if err := unix.Chroot("."); err != nil {
+		return fmt.Errorf("enter the new root: %w", err)
+	}
+	return unix.Chdir("/")
+}
+
+func readContents() (image.Contents, error) {
+	var c image.Contents
+	b, err := os.ReadFile(image.ContentsPath)
+	if err == nil {
+		err = json.Unmarshal(b, &c)
+	}
+	if err != nil {
+		return c, fmt.Errorf("read what this guest is made of: %w", err)
+	}
+	return c, nil
+}
+
+// loadModules loads what a machine of this type needs from the start.
+func loadModules(c image.Contents, machine string) error {
+	for _, path := range c.Boot[machine] {
+		if err := loadModule(path); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func loadModule(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("load a kernel module: %w", err)
+	}
+	defer f.Close()
+	if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("load %s: %w", path, err)
+	}
+	return nil
+}
+
+// modprobe is where the kernel looks for whoever loads modules that it misses.
+const modprobe = "/sbin/modprobe"
+
+// answerModprobe makes this program the one that loads modules.
+func answerModprobe() error {
+	if err := os.MkdirAll(filepath.Dir(modprobe), 0o755); err != nil {
+		return err
+	}
+	if err := os.Symlink("/init", modprobe); err != nil && !errors.Is(err, os.ErrExist) {
+		return fmt.Errorf("let the kernel ask for modules: %w", err)
+	}
+	return nil
+}
+
+// Modprobe loads the module that the kernel asks for, with what it needs. It
+// has nothing but the guest's files: not even /proc.
+func Modprobe(name string) error {
+	c, err := readContents()
+	if err != nil {
+		return err
+	}
+	files := c.Find(name)
+	if len(files) == 0 {
+		return fmt.Errorf("module %q is not in this guest: %w", name, errdefs.ErrNotFound)
+	}
+	for _, f := range files {
+		if err := loadModule(f); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// parameter gives the kernel parameter that begins with prefix.
+func parameter(prefix string) string {
+	b, err := os.ReadFile("/proc/cmdline")
+	if err != nil {
+		return ""
+	}
+	for p := range strings.FieldsSeq(string(b)) {
+		if v, ok := strings.CutPrefix(p, prefix); ok {
+			return v
+		}
+	}
+	return ""
+}
+
+var _ net.Listener = listener{}

@@ -1,0 +1,108 @@
+package guest
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+
+	"github.com/containerd/errdefs"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"cloister.dev/internal/host/vm/link"
+)
+
+// applyNetwork makes the machine's interfaces those that the pod's namespace
+// had outside.
+func applyNetwork(n link.Network) error {
+	lo, err := netlink.LinkByName("lo")
+	if err == nil {
+		err = netlink.LinkSetUp(lo)
+	}
+	if err != nil {
+		return fmt.Errorf("bring the loopback interface up: %w", err)
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return fmt.Errorf("list the interfaces: %w", err)
+	}
+	byMAC := map[string]netlink.Link{}
+	for _, l := range links {
+		byMAC[l.Attrs().HardwareAddr.String()] = l
+	}
+	index := map[string]int{}
+	for _, i := range n.Interfaces {
+		l := byMAC[strings.ToLower(i.MAC)]
+		if l == nil {
+			return fmt.Errorf("the machine has no interface with the address %s (%s): %w", i.MAC, i.Name, errdefs.ErrNotFound)
+		}
+		if err := applyInterface(l, i); err != nil {
+			return fmt.Errorf("set interface %s up: %w", i.Name, err)
+		}
+		index[i.Name] = l.Attrs().Index
+	}
+	for _, r := range n.Routes {
+		if err := applyRoute(r, index[r.Interface]); err != nil {
+			return fmt.Errorf("add the route to %s by %s: %w", r.Dst, r.Interface, err)
+		}
+	}
+	for _, nb := range n.Neighbours {
+		mac, err := net.ParseMAC(nb.MAC)
+		if err != nil {
+			return fmt.Errorf("neighbour %s: %w", nb.Addr, err)
+		}
+		if err := netlink.NeighSet(&netlink.Neigh{LinkIndex: index[nb.Interface], IP: nb.Addr.AsSlice(), HardwareAddr: mac,
+			State: netlink.NUD_PERMANENT}); err != nil {
+			return fmt.Errorf("add neighbour %s: %w", nb.Addr, err)
+		}
+	}
+	return nil
+}
+
+func applyInterface(l netlink.Link, i link.Interface) error {
+	if l.Attrs().Name != i.Name {
+		if err := netlink.LinkSetName(l, i.Name); err != nil {
+			return err
+		}
+	}
+	if i.MTU > 0 {
+		if err := netlink.LinkSetMTU(l, i.MTU); err != nil {
+			return err
+		}
+	}
+	// Before the interface comes up: the addresses were checked outside.
+	dad := fmt.Sprintf("/proc/sys/net/ipv6/conf/%s/accept_dad", i.Name)
+	if err := os.WriteFile(dad, []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	if err := netlink.LinkSetUp(l); err != nil {
+		return err
+	}
+	for _, a := range i.Addrs {
+		addr := &netlink.Addr{IPNet: &net.IPNet{IP: a.Addr().AsSlice(), Mask: net.CIDRMask(a.Bits(), a.Addr().BitLen())}}
+		if a.Addr().Is6() {
+			addr.Flags = unix.IFA_F_NODAD
+		}
+		if err := netlink.AddrReplace(l, addr); err != nil {
+			return fmt.Errorf("address %s: %w", a, err)
+		}
+	}
+	return nil
+}
+
+func applyRoute(r link.Route, index int) error {
+	route := &netlink.Route{LinkIndex: index, Scope: netlink.Scope(r.Scope), Priority: r.Metric, MTU: r.MTU,
+		Dst: &net.IPNet{IP: r.Dst.Addr().AsSlice(), Mask: net.CIDRMask(r.Dst.Bits(), r.Dst.Addr().BitLen())}}
+	if r.Gateway.IsValid() {
+		route.Gw = r.Gateway.AsSlice()
+	}
+	if r.Source.IsValid() {
+		route.Src = r.Source.AsSlice()
+	}
+	if r.OnLink {
+		route.Flags = int(netlink.FLAG_ONLINK)
+	}
+	return netlink.RouteReplace(route)
+}

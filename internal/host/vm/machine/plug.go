@@ -1,0 +1,249 @@
+package machine
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/containerd/errdefs"
+)
+
+func (p Port) check() error {
+	if !goodPort.MatchString(p.Name) || p.File == nil {
+		return fmt.Errorf("port %q: a port has a file, and a name of 1 to 60 of a-z, 0-9, dot and dash: %w", p.Name, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// AddPort is part of Machine. QEMU takes the file first, then opens it as a
+// character device, then plugs the port: three steps in one go.
+func (m *qemu) AddPort(ctx context.Context, p Port) error {
+	if err := p.check(); err != nil {
+		return err
+	}
+	set, err := m.fdSet(ctx, p)
+	if err != nil {
+		return fmt.Errorf("add port %s: %w", p.Name, err)
+	}
+	backend := map[string]any{"type": "file"}
+	path := fmt.Sprintf("/dev/fdset/%d", set)
+	switch p.Direction {
+	case FromGuest:
+		backend["data"] = map[string]any{"out": path, "append": true}
+	case ToGuest:
+		backend["data"] = map[string]any{"in": path, "out": "/dev/null"}
+	default:
+		backend = map[string]any{"type": "socket", "data": map[string]any{"server": false,
+			"addr": map[string]any{"type": "fd", "data": map[string]any{"str": "f-" + p.Name}}}}
+	}
+	chardev := command{Name: "chardev-add", Args: map[string]any{"id": "c-" + p.Name, "backend": backend}}
+	device := command{Name: "device_add", Args: map[string]any{"driver": "virtserialport", "bus": serialID + ".0",
+		"id": "p-" + p.Name, "name": p.Name, "chardev": "c-" + p.Name}}
+	cs := []command{chardev, device}
+	if p.Direction == BothWays {
+		cs = append([]command{{Name: "getfd", Args: map[string]any{"fdname": "f-" + p.Name}, File: p.File}}, cs...)
+	} else {
+		// The character device has its own copy by then.
+		cs = append(cs, command{Name: "remove-fd", Args: map[string]any{"fdset-id": set}})
+	}
+	if _, err := m.ask(ctx, cs...); err != nil {
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandTime)
+		defer cancel()
+		// What was there before, another port of the name, has to stay.
+		if !m.hasPort(clean, p.Name) {
+			_, _ = m.ask(clean, command{Name: "chardev-remove", Args: map[string]any{"id": "c-" + p.Name}})
+		}
+		return fmt.Errorf("add port %s: %w", p.Name, err)
+	}
+	return nil
+}
+
+// fdSet gives QEMU a copy of the file under a number of its choice. QEMU finds
+// it by the number only when it is opened the way the port needs.
+func (m *qemu) fdSet(ctx context.Context, p Port) (int, error) {
+	if p.Direction == BothWays {
+		return 0, nil
+	}
+	b, err := m.ask(ctx, command{Name: "add-fd", File: p.File})
+	if err != nil {
+		return 0, err
+	}
+	var set struct {
+		ID int `json:"fdset-id"`
+	}
+	return set.ID, json.Unmarshal(b, &set)
+}
+
+// RemovePort is part of Machine.
+func (m *qemu) RemovePort(ctx context.Context, name string) error {
+	_, err := m.ask(ctx, command{Name: "device_del", Args: map[string]any{"id": "p-" + name}})
+	if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("remove port %s: %w", name, err)
+	}
+	return m.removeChardev(ctx, "c-"+name)
+}
+
+// removeChardev removes what a device was using; QEMU frees the device itself
+// a moment after it is gone, and tells nobody when.
+func (m *qemu) removeChardev(ctx context.Context, id string) error {
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for range 1000 {
+		_, err := m.ask(ctx, command{Name: "chardev-remove", Args: map[string]any{"id": id}})
+		if err == nil {
+			return nil
+		}
+		there, lerr := m.hasChardev(ctx, id)
+		if lerr != nil || !there {
+			return lerr
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return errors.Join(err, ctx.Err())
+		}
+	}
+	return fmt.Errorf("%s stays in use: %w", id, errdefs.ErrUnavailable)
+}
+
+func (m *qemu) hasChardev(ctx context.Context, id string) (bool, error) {
+	b, err := m.ask(ctx, command{Name: "query-chardev"})
+	if err != nil {
+		return false, err
+	}
+	var all []struct {
+		Label string `json:"label"`
+	}
+	if err := json.Unmarshal(b, &all); err != nil {
+		return false, fmt.Errorf("read QEMU's character devices: %w", err)
+	}
+	for _, c := range all {
+		if c.Label == id {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+func (m *qemu) hasPort(ctx context.Context, name string) bool {
+	all, err := m.Ports(ctx)
+	if err != nil {
+		return true
+	}
+	for _, p := range all {
+		if p == name {
+			return true
+		}
+	}
+	return false
+}
+
+// Ports is part of Machine.
+func (m *qemu) Ports(ctx context.Context) ([]string, error) { return m.devices(ctx, "p-") }
+
+// devices lists what was plugged under names with a prefix.
+func (m *qemu) devices(ctx context.Context, prefix string) ([]string, error) {
+	b, err := m.ask(ctx, command{Name: "qom-list", Args: map[string]any{"path": "/machine/peripheral"}})
+	if err != nil {
+		return nil, fmt.Errorf("list devices: %w", err)
+	}
+	var all []struct {
+		Name string `json:"name"`
+	}
+	if err := json.Unmarshal(b, &all); err != nil {
+		return nil, fmt.Errorf("read QEMU's devices: %w", err)
+	}
+	var names []string
+	for _, d := range all {
+		if name, ok := strings.CutPrefix(d.Name, prefix); ok {
+			names = append(names, name)
+		}
+	}
+	return names, nil
+}
+
+func (d Disk) check() error {
+	if !goodDisk.MatchString(d.ID) || !filepath.IsAbs(d.Path) {
+		return fmt.Errorf("disk %q at %q: a disk has an absolute path, and a name of 1 to 20 of a-z, 0-9 and dash: %w", d.ID, d.Path, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// disk adds one to the command line.
+func (a *arguments) disk(d Disk) {
+	ro := "off"
+	if d.ReadOnly {
+		ro = "on"
+	}
+	a.add("-blockdev", "driver=raw", "node-name=n-"+d.ID, "read-only="+ro, "discard=unmap", "file.driver=file", "file.filename="+quote(d.Path), "file.locking=off")
+	a.add("-device", "scsi-hd", "bus="+scsiID+".0", "id=d-"+d.ID, "drive=n-"+d.ID, "serial="+d.ID)
+}
+
+// AddDisk is part of Machine. Disks hang on one SCSI controller, which takes
+// them while the guest runs on every type of machine.
+func (m *qemu) AddDisk(ctx context.Context, d Disk) error {
+	if err := d.check(); err != nil {
+		return err
+	}
+	node := command{Name: "blockdev-add", Args: map[string]any{"driver": "raw", "node-name": "n-" + d.ID, "read-only": d.ReadOnly, "discard": "unmap",
+		"file": map[string]any{"driver": "file", "filename": d.Path, "locking": "off"}}}
+	if _, err := m.ask(ctx, node); err != nil {
+		return fmt.Errorf("add disk %s: %w", d.ID, err)
+	}
+	device := command{Name: "device_add", Args: map[string]any{"driver": "scsi-hd", "bus": scsiID + ".0", "id": "d-" + d.ID, "drive": "n-" + d.ID, "serial": d.ID}}
+	if _, err := m.ask(ctx, device); err != nil {
+		_, uerr := m.ask(ctx, command{Name: "blockdev-del", Args: map[string]any{"node-name": "n-" + d.ID}})
+		return errors.Join(fmt.Errorf("add disk %s: %w", d.ID, err), uerr)
+	}
+	return nil
+}
+
+// RemoveDisk is part of Machine.
+func (m *qemu) RemoveDisk(ctx context.Context, id string) error {
+	if !goodDisk.MatchString(id) {
+		return fmt.Errorf("disk %q: %w", id, errdefs.ErrInvalidArgument)
+	}
+	_, err := m.ask(ctx, command{Name: "device_del", Args: map[string]any{"id": "d-" + id}})
+	if err != nil && !errdefs.IsNotFound(err) {
+		return fmt.Errorf("remove disk %s: %w", id, err)
+	}
+	tick := time.NewTicker(time.Millisecond)
+	defer tick.Stop()
+	for {
+		_, err := m.ask(ctx, command{Name: "blockdev-del", Args: map[string]any{"node-name": "n-" + id}})
+		if err == nil {
+			return nil
+		}
+		if there, lerr := m.hasNode(ctx, id); lerr != nil || !there {
+			return lerr
+		}
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return errors.Join(fmt.Errorf("remove disk %s: %w", id, err), ctx.Err())
+		}
+	}
+}
+
+func (m *qemu) hasNode(ctx context.Context, id string) (bool, error) {
+	b, err := m.ask(ctx, command{Name: "query-named-block-nodes", Args: map[string]any{"flat": true}})
+	if err != nil {
+		return false, err
+	}
+	var all []struct {
+		Name string `json:"node-name"`
+	}
+	if err := json.Unmarshal(b, &all); err != nil {
+		return false, fmt.Errorf("read QEMU's disks: %w", err)
+	}
+	for _, n := range all {
+		if n.Name == "n-"+id {
+			return true, nil
+		}
+	}
+	return false, nil
+}

@@ -1,0 +1,4 @@
+package machine
+
+// rdtsc reads the processor's time stamp counter.
+func rdtsc() uint64
