@@ -26,7 +26,11 @@ func compare(t *testing.T, b []byte) {
 		return io.ReadAll(io.LimitReader(r, most))
 	}
 	want, wantErr := read(gzip.NewReader(bytes.NewReader(b)))
-	for name, src := range map[string]io.Reader{"whole": bytes.NewReader(b), "bytes": iotest.OneByteReader(bytes.NewReader(b)), "data with EOF": iotest.DataErrReader(bytes.NewReader(b))} {
+	sources := map[string]io.Reader{"whole": bytes.NewReader(b), "data with EOF": iotest.DataErrReader(bytes.NewReader(b))}
+	if len(b) < 10_000 { // slow
+		sources["bytes"] = iotest.OneByteReader(bytes.NewReader(b))
+	}
+	for name, src := range sources {
 		got, err := read(NewReader(src))
 		if (err == nil) != (wantErr == nil) {
 			t.Fatalf("%s: error %v, compress/gzip says %v; %d and %d bytes", name, err, wantErr, len(got), len(want))
@@ -109,7 +113,7 @@ func TestDamage(t *testing.T) {
 	rng := rand.New(rand.NewPCG(3, 4))
 	for name, b := range samples() {
 		z := pack(t, b[:min(len(b), 3000)], 6)
-		for range 60 {
+		for range 30 {
 			compare(t, z[:rng.IntN(len(z))])
 			bad := bytes.Clone(z)
 			bad[rng.IntN(len(bad))] ^= 1 << rng.IntN(8)
