@@ -20,13 +20,13 @@ import (
 
 // What the comparison of machines with containers uses.
 const (
-	vmHandler  = "vm"
-	bareBoot   = "bare boot"
-	vmBudget   = 300 * time.Millisecond // of a pod's creation above the bare boot
-	vmWanted   = 200.0                  // MB/s of them
-	vmRead     = 256 << 20
-	vmSmall    = 2000 // files of 4 KiB
-	vmPods     = 3    // whose memory is read
+	vmHandler = "vm"
+	bareBoot  = "bare boot"
+	vmBudget  = 300 * time.Millisecond // of a pod's creation above the bare boot
+	vmWanted  = 200.0                  // MB/s of them
+	vmRead    = 256 << 20
+	vmSmall   = 2000 // files of 4 KiB
+	vmPods    = 3    // whose memory is read
 )
 
 // machines are the measurements of virtual machines, beside those of
