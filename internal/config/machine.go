@@ -25,25 +25,35 @@ type MachineOptions struct {
 	Guests string `toml:"guests"`
 	// Guest is the name of a guest that "cloister guest build" made.
 	Guest string `toml:"guest"`
-	// Kernel and Initrd are used instead of a built guest.
-	Kernel       string `toml:"kernel"`
-	Initrd       string `toml:"initrd"`
+	// Kernel is used, with Initrd, instead of a built guest.
+	Kernel string `toml:"kernel"`
+	// Initrd is used, with Kernel, instead of a built guest.
+	Initrd string `toml:"initrd"`
+	// KernelParams are added to the guest kernel's command line.
 	KernelParams string `toml:"kernel_params"`
 	// MachineType is "microvm" (the default) or "q35".
 	MachineType string `toml:"machine_type"`
 	// Accel is "kvm" (the default), "tcg", or "auto": KVM where it works.
-	Accel            string `toml:"accel"`
-	DefaultVCPUs     uint32 `toml:"default_vcpus"`
-	DefaultMaxVCPUs  uint32 `toml:"default_maxvcpus"`
-	DefaultMemory    uint32 `toml:"default_memory"` // MiB
+	Accel string `toml:"accel"`
+	// DefaultVCPUs are those of a pod without CPU limits.
+	DefaultVCPUs uint32 `toml:"default_vcpus"`
+	// DefaultMaxVCPUs are the most that a machine may get.
+	DefaultMaxVCPUs uint32 `toml:"default_maxvcpus"`
+	// DefaultMemory is that of a pod without memory limits, in MiB.
+	DefaultMemory uint32 `toml:"default_memory"`
+	// DefaultMaxMemory is the most that a machine may get, in MiB.
 	DefaultMaxMemory uint32 `toml:"default_maxmemory"`
 	// OverheadMemory is what QEMU and virtiofsd use of the pod's cgroup, in MiB.
 	OverheadMemory uint32 `toml:"overhead_memory"`
 	// SharedFS is "virtio-fs".
-	SharedFS          string   `toml:"shared_fs"`
-	VirtioFSDaemon    string   `toml:"virtio_fs_daemon"`
-	VirtioFSCache     string   `toml:"virtio_fs_cache"`
+	SharedFS string `toml:"shared_fs"`
+	// VirtioFSDaemon is virtiofsd's program. Empty: looked up.
+	VirtioFSDaemon string `toml:"virtio_fs_daemon"`
+	// VirtioFSCache is "auto", "always" or "never".
+	VirtioFSCache string `toml:"virtio_fs_cache"`
+	// VirtioFSExtraArgs are given to virtiofsd as they are.
 	VirtioFSExtraArgs []string `toml:"virtio_fs_extra_args"`
+	// EnableAnnotations lists what io.katacontainers.config.hypervisor.* may set for a pod.
 	EnableAnnotations []string `toml:"enable_annotations"`
 	// BootTimeout is how many seconds a guest may take to answer.
 	BootTimeout uint32 `toml:"boot_timeout"`

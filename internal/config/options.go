@@ -51,7 +51,8 @@ type ShimOptions struct {
 // not here has ShimOptions.
 func optionTypes() map[string]reflect.Type {
 	return map[string]reflect.Type{
-		RuncType: reflect.TypeFor[RuncOptions](),
+		RuncType:    reflect.TypeFor[RuncOptions](),
+		MachineType: reflect.TypeFor[MachineOptions](),
 	}
 }
 
@@ -127,6 +128,8 @@ func (h Handler) checkOptions() error {
 	}
 	t, ok := optionTypes()[h.RuntimeType]
 	switch {
+	case h.IsMachine():
+		return h.checkMachine()
 	case ok:
 		return h.DecodeOptions(reflect.New(t).Interface())
 	case h.RuntimeType == "":

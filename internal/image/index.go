@@ -51,7 +51,11 @@ func (x *index) put(img Image, pinned bool, names ...string) Image {
 		e = &indexed{names: make(map[string]bool)}
 		x.images[img.ID] = e
 	}
-	e.image = img
+	// Encrypted and plain forms of an image have one ID. Who has the plain one
+	// needs no key for it, whatever else was pulled.
+	if !img.encrypted || e.image.encrypted || e.image.ID == "" {
+		e.image = img
+	}
 	for _, name := range names {
 		if old, ok := x.names[name]; ok && old != img.ID {
 			x.drop(old, name)

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -93,17 +94,24 @@ func (s *Store) authorise(ctx context.Context, c chosen) (layerKeys, error) {
 }
 
 func (s *Store) open(ctx context.Context, l descriptor) (crypt.LayerKey, error) {
-	err := fmt.Errorf("this node decrypts no images of type %s; set key_model and the keys' folder: %w", quoted(l.MediaType), errdefs.ErrPermissionDenied)
+	var why []error
 	for _, d := range s.hosts.Load().Decryption {
 		if len(d.Accepts) > 0 && !slices.Contains(d.Accepts, l.MediaType) {
 			continue
 		}
-		var k crypt.LayerKey
-		if k, err = d.Keys.Open(ctx, l.Encryption); err == nil {
+		k, err := d.Keys.Open(ctx, l.Encryption)
+		if err == nil {
 			return k, nil
 		}
+		why = append(why, err)
 	}
-	return crypt.LayerKey{}, err
+	switch len(why) {
+	case 0:
+		return crypt.LayerKey{}, fmt.Errorf("this node decrypts no images of type %s; set key_model and the keys' folder: %w", quoted(l.MediaType), errdefs.ErrPermissionDenied)
+	case 1:
+		return crypt.LayerKey{}, why[0]
+	}
+	return crypt.LayerKey{}, errors.Join(why...)
 }
 
 // open gives the bytes of a layer as they were before they were encrypted.

@@ -109,11 +109,7 @@ func (s *Service) makeSandbox(ctx context.Context, sb *sandbox, stage func(strin
 	}
 
 	stage("starting the sandbox on its shim")
-	var pid uint32
-	err = timed(s.o.Observer.Shim, "start sandbox", func() (err error) {
-		pid, err = sb.handler.StartSandbox(ctx, s.shimRequest(sb))
-		return err
-	})
+	pid, err := s.startOnShim(ctx, sb)
 	if err != nil {
 		return err
 	}
@@ -166,6 +162,14 @@ func (s *Service) attachNetwork(ctx context.Context, sb *sandbox, stage func(str
 		return nil, fmt.Errorf("attach pod %s to the network: %w", sb.record().Name, err)
 	}
 	return attached, nil
+}
+
+func (s *Service) startOnShim(ctx context.Context, sb *sandbox) (pid uint32, err error) {
+	err = timed(s.o.Observer.Shim, "start sandbox", func() error {
+		pid, err = sb.handler.StartSandbox(ctx, s.shimRequest(sb))
+		return err
+	})
+	return pid, err
 }
 
 // usable tells why nothing can be started in the sandbox any more, if so.

@@ -121,7 +121,9 @@ func TestStatsOfManyContainersAreCheap(t *testing.T) {
 	}
 	second := time.Since(begin)
 	t.Logf("1,000 containers: %v measured, %v from the cache", first, second)
-	if n := m.shim.asked.Load(); n != 1000 {
+	// On a slow machine the sampler comes in between, for rates are known from
+	// two measurements on.
+	if n := m.shim.asked.Load(); n != 1000 && first+second < minWindow/2 {
 		t.Errorf("the shim was asked %d times", n)
 	}
 	if second > time.Second {

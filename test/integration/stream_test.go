@@ -260,7 +260,9 @@ func TestAttachOfSeveralClients(t *testing.T) {
 	}
 }
 
-func TestStdinOnceEndsWithItsClient(t *testing.T) { stdinOnceEndsWithItsClient(t, runPod(t, shared(t))) }
+func TestStdinOnceEndsWithItsClient(t *testing.T) {
+	stdinOnceEndsWithItsClient(t, runPod(t, shared(t)))
+}
 
 func stdinOnceEndsWithItsClient(t *testing.T, p *pod) {
 	c := p.sh("cat; echo end; exit 8", func(c *cri.ContainerConfig) { c.Stdin, c.StdinOnce = true, true })

@@ -57,12 +57,11 @@ type Reader struct {
 	sum    uint32
 	size   uint32
 
-	state   state
-	last    bool // block
-	stored  int  // bytes left of a stored block
-	lit     [litTable]entry
-	dist    [distTable]entry
-	members int
+	state  state
+	last   bool // block
+	stored int  // bytes left of a stored block
+	lit    [litTable]entry
+	dist   [distTable]entry
 }
 
 // NewReader reads the first header.
@@ -255,7 +254,7 @@ func (d *Reader) copyStored() error {
 }
 
 // huffman decodes symbols until the block ends or the output is full.
-func (d *Reader) huffman() error {
+func (d *Reader) huffman() error { //nolint:funlen // in parts, its variables would not stay in registers
 	bits, nbits, pos, w := d.bits, d.nbits, d.pos, d.w
 	in, out := &d.in, &d.out
 	for w < outSize {

@@ -162,22 +162,33 @@ func (d *Reader) dynamic() error {
 	if lits > 286 || dists > 30 {
 		return ErrCorrupt
 	}
-	var order = [19]uint8{16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15}
 	var lengths [numLit + numDist]uint8
-	for i := range clens {
+	if err := d.lengths(lengths[:lits+dists], clens); err != nil {
+		return err
+	}
+	if !build(d.lit[:], litBits, lengths[:lits], litEntry) || !build(d.dist[:], distBits, lengths[lits:lits+dists], distEntry) {
+		return ErrCorrupt
+	}
+	return nil
+}
+
+// lengths reads the lengths of codes, which are in a code of their own.
+func (d *Reader) lengths(lengths []uint8, clens int) error {
+	const clenBits = 7
+	var order = [19]uint8{16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15}
+	var codes [19]uint8
+	for _, at := range order[:clens] {
 		n, err := d.take(3)
 		if err != nil {
 			return err
 		}
-		lengths[order[i]] = uint8(n)
+		codes[at] = uint8(n)
 	}
-	const clenBits = 7
 	var table [1 << clenBits]entry
-	if !build(table[:], clenBits, lengths[:19], func(s int) entry { return entry(s) << valueShift }) {
+	if !build(table[:], clenBits, codes[:], func(s int) entry { return entry(s) << valueShift }) {
 		return ErrCorrupt
 	}
-	clear(lengths[:])
-	for i := 0; i < lits+dists; {
+	for i := 0; i < len(lengths); {
 		if d.nbits < clenBits {
 			if err := d.refill(); err != nil {
 				return err
@@ -196,23 +207,11 @@ func (d *Reader) dynamic() error {
 			i++
 			continue
 		}
-		repeat := [3]struct {
-			bits uint
-			base uint32
-		}{{2, 3}, {3, 3}, {7, 11}}[symbol-16]
-		n, err := d.take(repeat.bits)
+		n, value, err := d.run(symbol, lengths[:i])
 		if err != nil {
 			return err
 		}
-		n += repeat.base
-		var value uint8
-		if symbol == 16 {
-			if i == 0 {
-				return ErrCorrupt
-			}
-			value = lengths[i-1]
-		}
-		if i+int(n) > lits+dists {
+		if i+n > len(lengths) {
 			return ErrCorrupt
 		}
 		for range n {
@@ -220,8 +219,27 @@ func (d *Reader) dynamic() error {
 			i++
 		}
 	}
-	if !build(d.lit[:], litBits, lengths[:lits], litEntry) || !build(d.dist[:], distBits, lengths[lits:lits+dists], distEntry) {
-		return ErrCorrupt
-	}
 	return nil
+}
+
+// run reads how often a length repeats, the one before or none.
+func (d *Reader) run(symbol uint32, before []uint8) (n int, value uint8, err error) {
+	bits, base := uint(2), uint32(3)
+	switch {
+	case symbol == 17:
+		bits = 3
+	case symbol == 18:
+		bits, base = 7, 11
+	}
+	more, err := d.take(bits)
+	if err != nil {
+		return 0, 0, err
+	}
+	if symbol == 16 {
+		if len(before) == 0 {
+			return 0, 0, ErrCorrupt
+		}
+		value = before[len(before)-1]
+	}
+	return int(more + base), value, nil
 }
