@@ -20,7 +20,7 @@ func TestMachinesLeaveNothing(t *testing.T) {
 	machine := func(name string) (pod, error) {
 		ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 		defer cancel()
-		p, err := runPod(ctx, n, name, "-lines", "-n", "0", "-rate", "20")
+		p, err := runPod(ctx, n, name, "-lines", "-n", "1", "-hold")
 		if err != nil {
 			return p, err
 		}
