@@ -60,7 +60,7 @@ const (
 	minBackoff    = 50 * time.Millisecond
 	maxBackoff    = 2 * time.Second
 	// minLook and maxLook bound the time between two looks at an unfinished line.
-	minLook = time.Millisecond
+	minLook = 50 * time.Microsecond
 	maxLook = time.Second
 )
 
