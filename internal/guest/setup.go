@@ -47,7 +47,7 @@ func (a *Agent) Setup(ctx context.Context, r *guestv1.SetupRequest) (*guestv1.Se
 	}
 	var info unix.Sysinfo_t
 	if unix.Sysinfo(&info) == nil {
-		resp.Memory = int64(info.Totalram) * int64(info.Unit) //nolint:unconvert // 32 bits on some architectures
+		resp.Memory = int64(info.Totalram) * int64(info.Unit)
 	}
 	resp.UptimeMillis = a.began.Sub(bootTime()).Milliseconds()
 	return resp, nil

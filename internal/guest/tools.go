@@ -120,7 +120,7 @@ func (a *Agent) Online(context.Context, *guestv1.OnlineRequest) (*guestv1.Online
 	}
 	var info unix.Sysinfo_t
 	if unix.Sysinfo(&info) == nil {
-		resp.Memory = int64(info.Totalram) * int64(info.Unit) //nolint:unconvert // 32 bits on some architectures
+		resp.Memory = int64(info.Totalram) * int64(info.Unit)
 	}
 	return resp, nil
 }

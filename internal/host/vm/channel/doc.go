@@ -19,7 +19,7 @@
 // Duplex adds that where it is needed (forwarded network connections).
 package channel
 
-// Ports that carry calls have names with this prefix.
+// ControlPrefix begins the names of ports that carry calls.
 const ControlPrefix = "control."
 
 // MaxPorts is how many ports a machine has: three for a container, three for
