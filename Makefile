@@ -16,7 +16,7 @@ PROTOC_GEN_TTRPC  := v1.2.10
 # What the tests start; they build their own without it.
 export CLOISTER_BIN := $(CURDIR)/bin
 
-.PHONY: all build demo test unit integration conformance lint bench fault e2e fuzz race generate install clean help
+.PHONY: all build demo test unit integration conformance conformance-vm lint bench stock fault e2e fuzz race generate install clean help
 
 all: build
 
@@ -48,6 +48,10 @@ integration: build ## a real daemon, as root: bad input, restarts, streams, exte
 conformance: build ## the public CRI validation suite, offline, against a private daemon
 	test/conformance/run
 
+conformance-vm: build ## the same with pods in virtual machines; takes an hour where KVM does not work
+	@test/setup oci vm
+	RUNTIME_HANDLER=vm test/conformance/run
+
 lint: $(TOOLS)/golangci-lint-$(GOLANGCI_LINT) ## golangci-lint, see .golangci.yml
 	$< run ./...
 	@set -e; for module in $(dir $(wildcard test/*/go.mod)); do \
@@ -61,6 +65,10 @@ $(TOOLS)/golangci-lint-$(GOLANGCI_LINT):
 bench: build ## one table: containerd v2.4.2 and Cloister in the same run
 	@test/setup oci vm cgo
 	test/bench/run
+
+stock: build ## a stock containerd v2.4.2, built from its module, runs a pod on Cloister's shim
+	@test/setup oci vm cgo
+	test/external/stock
 
 fault: build ## kill -9 of daemon and shim under load; leaks after 500 pods
 	@test/setup oci vm

@@ -94,6 +94,10 @@ func (a *Agent) Run(ctx context.Context, r *guestv1.RunRequest) (*guestv1.RunRes
 
 // Online is part of the service.
 func (a *Agent) Online(context.Context, *guestv1.OnlineRequest) (*guestv1.OnlineResponse, error) {
+	// The driver by which memory comes and goes, where the machine has it.
+	if err := Modprobe("virtio_mem"); err != nil && !errdefs.IsNotFound(err) {
+		return nil, fmt.Errorf("load the driver of pluggable memory: %w", err)
+	}
 	for _, glob := range []string{"/sys/devices/system/cpu/cpu*/online", "/sys/devices/system/memory/memory*/online"} {
 		files, err := filepath.Glob(glob)
 		if err != nil {

@@ -15,7 +15,7 @@ import (
 
 // TestStockContainerd: a containerd that was not made for it runs a pod in a
 // virtual machine on Cloister's shim. STOCK_CONTAINERD is the folder of that
-// containerd and of its runc; "make stock" builds them and runs this.
+// containerd and of its CNI plugins; "make stock" builds them and runs this.
 func TestStockContainerd(t *testing.T) {
 	stock := os.Getenv("STOCK_CONTAINERD")
 	if stock == "" {
@@ -39,10 +39,7 @@ func TestStockContainerd(t *testing.T) {
 	if err := os.Mkdir(programs, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	links := map[string]string{"containerd-shim-cloister-vm-v2": filepath.Join(bin, "cloister-shim")}
-	for _, name := range []string{"containerd", "runc"} {
-		links[name] = filepath.Join(stock, name)
-	}
+	links := map[string]string{"containerd": filepath.Join(stock, "containerd"), "containerd-shim-cloister-vm-v2": filepath.Join(bin, "cloister-shim")}
 	for name, target := range links {
 		if err := os.Symlink(target, filepath.Join(programs, name)); err != nil {
 			t.Fatal(err)

@@ -214,6 +214,55 @@ func TestMachineRefuses(t *testing.T) {
 	check()
 }
 
+// A guest that does not come up is refused with what it said last, and leaves
+// nothing.
+func TestMachineDoesNotComeUp(t *testing.T) {
+	needRoot(t)
+	guests, err := guest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	kernel := fmt.Sprintf("kernel = %q", filepath.Join(guests, "default", "kernel"))
+	empty := filepath.Join(t.TempDir(), "initrd")
+	if err := os.WriteFile(empty, make([]byte, 4096), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for name, test := range map[string]struct{ options, words []string }{
+		"no such kernel":         {[]string{`kernel = "/no/such/kernel"`, `initrd = "/no/such/initrd"`}, []string{"/no/such/"}},
+		"no such guest":          {[]string{`guest = "nobody"`}, []string{"nobody", "cloister guest build"}},
+		"a guest that panics":    {[]string{kernel, fmt.Sprintf("initrd = %q", empty)}, []string{"console", "Unable to mount root"}},
+		"a guest that is silent": {[]string{"boot_timeout = 1", `kernel_params = "rdinit=/bare"`}, []string{"boot_timeout"}},
+		"no QEMU":                {[]string{`path = "qemu-of-nobody"`}, []string{"qemu-of-nobody", "install"}},
+		"no virtiofsd":           {[]string{`virtio_fs_daemon = "/no/virtiofsd"`}, []string{"/no/virtiofsd", "install"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n, err := testnode.Start(t.Context(), testnode.Options{Bin: here.bin, Hosts: here.hosts, Guests: guests, GuestOptions: test.options})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer func() {
+				if err := closeNode(n); err != nil {
+					t.Error(err)
+				}
+			}()
+			_, err = n.Runtime.RunPodSandbox(t.Context(), &cri.RunPodSandboxRequest{Config: podConfig(n, t), RuntimeHandler: "vm"})
+			if code := status.Code(err); code != codes.FailedPrecondition {
+				t.Errorf("code %v", code)
+			}
+			for _, w := range test.words {
+				if !strings.Contains(fmt.Sprint(err), w) {
+					t.Errorf("the error does not name %q: %v", w, err)
+				}
+			}
+			for _, pid := range n.Processes() {
+				if b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid)); err == nil && (bytes.Contains(b, []byte("qemu")) || bytes.Contains(b, []byte("virtiofsd"))) {
+					t.Errorf("%q is left", b)
+				}
+			}
+		})
+	}
+}
+
 // A machine that dies takes its containers along, says so, and nothing else.
 func TestMachineDies(t *testing.T) {
 	n := machines(t)

@@ -72,6 +72,8 @@ guests = "{{.Guests}}"
 accel = "auto"
 {{- range .GuestOptions}}
 {{.}}
+{{- else}}
+boot_timeout = 180
 {{- end}}
 {{end}}
 [plugins."io.containerd.grpc.v1.cri"]

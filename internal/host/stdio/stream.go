@@ -28,9 +28,13 @@ type Stream struct {
 	failing time.Time // since when the log cannot be written
 	retryAt time.Time // when to try it again once output is thrown away
 	backoff time.Duration
-	stopped chan struct{}
-	nudged  chan struct{} // cuts a wait for the log short
-	serving []chan error  // flushers whose text is being carried
+	// looked is what seen was when the stream last slept on an unfinished line,
+	// and patience how long it then waits before it looks again.
+	looked   int
+	patience time.Duration
+	stopped  chan struct{}
+	nudged   chan struct{} // cuts a wait for the log short
+	serving  []chan error  // flushers whose text is being carried
 
 	mu       sync.Mutex
 	stopping bool
@@ -55,6 +59,9 @@ const (
 	retryTime     = time.Second
 	minBackoff    = 50 * time.Millisecond
 	maxBackoff    = 2 * time.Second
+	// minLook and maxLook bound the time between two looks at an unfinished line.
+	minLook = 50 * time.Microsecond
+	maxLook = time.Second
 )
 
 // Start begins to carry. The stream ends when everybody closed the writing
@@ -136,6 +143,9 @@ func (s *Stream) run() {
 		var o outcome
 		err = rc.Read(func(fd uintptr) bool {
 			o = s.carry(int(fd), more)
+			if o == idle && s.TTY == nil && s.seen > 0 {
+				s.lookAgain()
+			}
 			return o != idle
 		})
 		if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -149,6 +159,24 @@ func (s *Stream) run() {
 	}
 	if err != nil && !errors.Is(err, os.ErrClosed) {
 		s.Slog.Error("stream ended early", "stream", s.Name, "err", err)
+	}
+}
+
+// lookAgain makes the stream look at its pipe after a while although nobody
+// wakes it. An unfinished line stays in the pipe, and to a pipe that is not
+// empty the kernel does not wake a reader before a write is through: one write
+// that is larger than the pipe would wait for us and we for it.
+func (s *Stream) lookAgain() {
+	if s.seen != s.looked {
+		s.looked, s.patience = s.seen, 0
+	}
+	s.patience = min(max(2*s.patience, minLook), maxLook)
+	_ = s.source().SetReadDeadline(time.Now().Add(s.patience)) // fails on a closed file, and so does the read
+	s.mu.Lock()
+	called := s.stopping || len(s.flushers) > 0
+	s.mu.Unlock()
+	if called { // before the line above, which took the call's place
+		s.wake()
 	}
 }
 

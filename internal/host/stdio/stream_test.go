@@ -371,3 +371,49 @@ func TestFanoutCutsOffSlowClients(t *testing.T) {
 		t.Error("the client is still there")
 	}
 }
+
+// TestBigWriteBehindUnfinishedLine: one write that is larger than the pipe must
+// not wait for ever behind a line that is not finished, or behind one of its
+// own.
+func TestBigWriteBehindUnfinishedLine(t *testing.T) {
+	for _, before := range []string{"", "unfinished"} {
+		for _, size := range []int{200 << 10, 4<<20 + 17} {
+			t.Run(fmt.Sprintf("%q %d", before, size), func(t *testing.T) {
+				r := newRig(t, t.TempDir(), 16<<10)
+				r.stream.Start()
+				defer r.stream.Stop()
+				if before != "" {
+					r.write(before)
+					r.flush()
+				}
+				fd, err := unix.Open(filepath.Join(r.dir, "fifo"), unix.O_WRONLY, 0) // blocking, as a container's is
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer unix.Close(fd)
+				wrote := make(chan error, 1)
+				text := bytes.Repeat([]byte("x"), size)
+				text[size-1] = '\n'
+				go func() {
+					n, err := unix.Write(fd, text)
+					if err == nil && n != size {
+						err = fmt.Errorf("%d of %d bytes", n, size)
+					}
+					wrote <- err
+				}()
+				select {
+				case err := <-wrote:
+					if err != nil {
+						t.Fatal(err)
+					}
+				case <-time.After(20 * time.Second):
+					t.Fatal("the writer waits for the reader, and the reader for the writer")
+				}
+				r.flush()
+				if got := strings.Count(r.text(), "x"); got != size-1 {
+					t.Errorf("%d of %d bytes are in the log", got, size-1)
+				}
+			})
+		}
+	}
+}

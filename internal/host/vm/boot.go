@@ -245,6 +245,9 @@ func (b *Backend) machineConfig(ctx context.Context, spec *host.SandboxSpec, o *
 		// address: a program that lies elsewhere each time is translated each time.
 		c.Params = append(c.Params, "norandmaps")
 	}
-	c.Size, err = sizeOf(spec, o)
-	return c, err
+	if c.Size, err = sizeOf(spec, o); err != nil {
+		return c, err
+	}
+	c.MaxSize = maxSizeOf(c.Size, o)
+	return c, nil
 }

@@ -33,6 +33,8 @@ type record struct {
 	SharePID bool          `json:"sharePid,omitempty"`
 	Up       bool          `json:"up,omitempty"`
 	BootTook time.Duration `json:"bootTook,omitempty"`
+	// Limits are those of the tasks that have any.
+	Limits map[string]limits `json:"limits,omitempty"`
 }
 
 // sandbox is one virtual machine.
@@ -47,6 +49,9 @@ type sandbox struct {
 	fs   *share.FS
 	ctl  *control
 	dial sync.Mutex // held while a control connection is made; outer to mu
+	// sizing is held while limits, and the machine's size with them, change;
+	// outer to dial and mu.
+	sizing sync.Mutex
 }
 
 func (b *Backend) newSandbox(id string) *sandbox { return &sandbox{backend: b, id: id} }

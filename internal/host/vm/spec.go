@@ -52,6 +52,9 @@ func (s *sandbox) shareTask(t *host.TaskSpec) (config []byte, submounts []string
 			}
 		}
 	}
+	if err := s.limitTask(t.ID, spec.Linux.Resources); err != nil {
+		return nil, nil, err
+	}
 	if err := s.adaptLinux(t, spec); err != nil {
 		return nil, nil, err
 	}
@@ -129,7 +132,7 @@ func (s *sandbox) unshareTask(t *host.TaskSpec) error {
 	if err := files.Remove(key(t.ID, "")); err != nil {
 		return fmt.Errorf("unshare the files of task %s: %w", t.ID, err)
 	}
-	return nil
+	return s.forgetLimits(t.ID)
 }
 
 // adaptLinux takes out what means something on the node's kernel only.

@@ -5,10 +5,12 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
 	guestv1 "cloister.dev/api/guest/v1"
 	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/vm/channel"
 	"cloister.dev/internal/host/vm/machine"
 )
 
@@ -64,10 +66,15 @@ func (s *sandbox) plug(ctx context.Context, base string, st host.Streams) (names
 }
 
 func (s *sandbox) addPort(ctx context.Context, p machine.Port) error {
-	if err := s.machine().AddPort(ctx, p); err != nil {
-		return fmt.Errorf("plug a stream into the machine: %w", err)
+	err := s.machine().AddPort(ctx, p)
+	if err == nil {
+		return nil
 	}
-	return nil
+	if names, e := s.machine().Ports(ctx); e == nil && len(names) >= channel.MaxPorts-1 {
+		return fmt.Errorf("the machine has no free stream, all %d are taken: a container needs two or three, a running exec up to three, a forwarded connection one: %w",
+			len(names), errdefs.ErrResourceExhausted)
+	}
+	return fmt.Errorf("plug a stream into the machine: %w", err)
 }
 
 // plugFile plugs in a port on a second opening of a stream, for the machine

@@ -340,9 +340,15 @@ func (b *Backend) Resume(ctx context.Context, t *host.TaskSpec) error {
 
 // Update is part of host.Backend.
 func (b *Backend) Update(ctx context.Context, t *host.TaskSpec, resources []byte) error {
-	return b.onTask(ctx, t, func(ctx context.Context, g guestv1.GuestService, r *guestv1.TaskRequest) error {
-		_, err := g.Update(ctx, &guestv1.UpdateRequest{Task: r.Task, Resources: guestResources(resources)})
+	s, err := b.sandboxOf(ctx, t)
+	if err != nil {
 		return err
+	}
+	return s.resize(ctx, t.ID, resources, func() error {
+		return s.call(ctx, func(ctx context.Context, g guestv1.GuestService) error {
+			_, err := g.Update(ctx, &guestv1.UpdateRequest{Task: t.ID, Resources: guestResources(resources)})
+			return err
+		})
 	})
 }
 

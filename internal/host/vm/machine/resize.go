@@ -17,7 +17,7 @@ const growBlock = 128 << 20
 const growStep = 2 << 20
 
 // settleTime bounds the wait for a guest that is asked for another size.
-const settleTime = 5 * time.Second
+const settleTime = 3 * time.Second
 
 // Resize is part of Machine. Processors are only added: a guest need not give
 // one back. Memory goes both ways as far as the guest can follow, and never
@@ -97,8 +97,8 @@ func (m *qemu) setMemory(ctx context.Context, base, want int64) (int64, error) {
 	if _, err := m.ask(ctx, command{Name: "qom-set", Args: map[string]any{"path": path, "property": "requested-size", "value": more}}); err != nil {
 		return m.State().Size.Memory, fmt.Errorf("ask for memory: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(ctx, settleTime)
-	defer cancel()
+	limit := time.NewTimer(settleTime)
+	defer limit.Stop()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -115,8 +115,10 @@ func (m *qemu) setMemory(ctx context.Context, base, want int64) (int64, error) {
 		}
 		select {
 		case <-tick.C:
-		case <-ctx.Done():
+		case <-limit.C:
 			return base + have, nil // what was reached is the answer
+		case <-ctx.Done():
+			return base + have, ctx.Err()
 		}
 	}
 }
