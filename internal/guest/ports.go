@@ -148,11 +148,6 @@ func openPort(ctx context.Context, dev string) (*os.File, error) {
 	if err != nil {
 		return nil, &os.PathError{Op: "open", Path: dev, Err: err}
 	}
-<<<<<<< HEAD
-	deadline := time.Now().Add(connectTime)
-	for hungUp(fd) && ctx.Err() == nil && time.Now().Before(deadline) {
-		time.Sleep(time.Millisecond) //nolint:forbidigo // the kernel tells of it by nothing that could be waited for
-=======
 	ctx, cancel := context.WithTimeout(ctx, connectTime)
 	defer cancel()
 	tick := time.NewTicker(time.Millisecond) // the kernel tells of it by nothing that could be waited for
@@ -162,7 +157,6 @@ func openPort(ctx context.Context, dev string) (*os.File, error) {
 		case <-tick.C:
 		case <-ctx.Done():
 		}
->>>>>>> vm
 	}
 	return os.NewFile(uintptr(fd), dev), nil
 }
