@@ -18,7 +18,7 @@ import (
 	"cloister.dev/test/testnode"
 )
 
-// The resources that the test offers: seed names of the original plugin, and a
+// The resources that the test offers: the names of the plugin for TrustZone that came before, and a
 // simulation of the size that it allowed.
 const (
 	teeRAM      = "huawei.com/tee-ram"
