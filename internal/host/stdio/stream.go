@@ -28,9 +28,8 @@ type Stream struct {
 	failing time.Time // since when the log cannot be written
 	retryAt time.Time // when to try it again once output is thrown away
 	backoff time.Duration
-	// looked is what seen was when the stream last slept on an unfinished line,
-	// and patience how long it then waits before it looks again.
-	looked   int
+	// patience is how long the stream waits on an unfinished line before it
+	// looks again; what comes makes it short.
 	patience time.Duration
 	stopped  chan struct{}
 	nudged   chan struct{} // cuts a wait for the log short
@@ -167,9 +166,6 @@ func (s *Stream) run() {
 // empty the kernel does not wake a reader before a write is through: one write
 // that is larger than the pipe would wait for us and we for it.
 func (s *Stream) lookAgain() {
-	if s.seen != s.looked {
-		s.looked, s.patience = s.seen, 0
-	}
 	s.patience = min(max(2*s.patience, minLook), maxLook)
 	_ = s.source().SetReadDeadline(time.Now().Add(s.patience)) // fails on a closed file, and so does the read
 	s.mu.Lock()
@@ -307,6 +303,7 @@ func (s *Stream) step(pipe int, end ending) outcome {
 	if fresh {
 		s.Out.Write(s.Name, text[s.seen:])
 		s.seen = len(text)
+		s.patience = 0
 	}
 	if full {
 		end = forced // whatever the end, there may be more behind this

@@ -377,7 +377,7 @@ func TestFanoutCutsOffSlowClients(t *testing.T) {
 // own.
 func TestBigWriteBehindUnfinishedLine(t *testing.T) {
 	for _, before := range []string{"", "unfinished"} {
-		for _, size := range []int{200 << 10, 4<<20 + 17} {
+		for _, size := range []int{200 << 10, 64<<20 + 17} {
 			t.Run(fmt.Sprintf("%q %d", before, size), func(t *testing.T) {
 				r := newRig(t, t.TempDir(), 16<<10)
 				r.stream.Start()
@@ -406,7 +406,7 @@ func TestBigWriteBehindUnfinishedLine(t *testing.T) {
 					if err != nil {
 						t.Fatal(err)
 					}
-				case <-time.After(20 * time.Second):
+				case <-time.After(40 * time.Second): // at a glance a second it would take minutes
 					t.Fatal("the writer waits for the reader, and the reader for the writer")
 				}
 				r.flush()
