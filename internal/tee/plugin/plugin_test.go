@@ -527,8 +527,15 @@ func TestStatusAndMetrics(t *testing.T) {
 		return w.Body.String()
 	}
 	var s Status
-	if err := json.Unmarshal([]byte(get("/status")), &s); err != nil {
-		t.Fatal(err)
+	// kubelet lists before it has answered the registration.
+	for tick, end := time.NewTicker(time.Millisecond), time.Now().Add(10*time.Second); ; <-tick.C {
+		s = Status{}
+		if err := json.Unmarshal([]byte(get("/status")), &s); err != nil {
+			t.Fatal(err)
+		}
+		if len(s.Endpoints) == 1 && s.Endpoints[0].Registered || time.Now().After(end) {
+			break
+		}
 	}
 	if len(s.Endpoints) != 1 || !s.Endpoints[0].Registered || s.Endpoints[0].Listed != 20 || s.Backends[0].Resources[0].Name != ram {
 		t.Errorf("status: %+v", s)

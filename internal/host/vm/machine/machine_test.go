@@ -283,11 +283,12 @@ func TestCancelled(t *testing.T) {
 
 // TestBare measures what the guest's kernel needs alone.
 func TestBare(t *testing.T) {
+	reaper := vmtest.Reaper(t) // one: a second would take its children's ends
 	for _, kind := range []string{machine.Microvm, machine.Q35} {
 		c := vmtest.Config(t, kind)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
-		took, err := machine.Bare(ctx, vmtest.Reaper(t), c)
+		took, err := machine.Bare(ctx, reaper, c)
 		if err != nil {
 			t.Fatal(err)
 		}

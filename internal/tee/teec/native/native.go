@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"runtime"
 	"strings"
 	"unsafe"
 
@@ -71,6 +72,9 @@ func Open(o teec.Options) (func() (teec.Memory, error), error) {
 	if err := o.Check(); err != nil {
 		return nil, err
 	}
+	// dlerror tells the thread that failed, and no other.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
 	handle, err := purego.Dlopen(o.Library, purego.RTLD_NOW|purego.RTLD_LOCAL)
 	if err != nil {
 		return nil, fmt.Errorf("%w; set library in [device_plugin.trustzone]", err)
