@@ -13,6 +13,7 @@ import (
 
 	guestv1 "cloister.dev/api/guest/v1"
 	"cloister.dev/internal/host"
+	"cloister.dev/internal/osutil"
 )
 
 // relay carries a process's streams between its pipes, or its terminal, and
@@ -140,33 +141,17 @@ func (r *relay) terminal(ctx context.Context, p *ports, name string, console *os
 		return fmt.Errorf("connect the terminal: %w", err)
 	}
 	r.files = append(r.files, port)
-	in, err := dup(console)
+	in, err := osutil.Dup(console)
 	if err != nil {
 		return err
 	}
 	r.feed(in, port)
-	out, err := dup(console)
+	out, err := osutil.Dup(console)
 	if err != nil {
 		return err
 	}
 	r.carry(out, port)
 	return nil
-}
-
-func dup(f *os.File) (*os.File, error) {
-	rc, err := f.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	fd := -1
-	var e error
-	if err := rc.Control(func(h uintptr) { fd, e = unix.FcntlInt(h, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
-		return nil, err
-	}
-	if e != nil {
-		return nil, os.NewSyscallError("dup", e)
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 // flush waits until what was written before has been taken by the host.

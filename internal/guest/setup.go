@@ -20,6 +20,7 @@ import (
 	"cloister.dev/internal/host"
 	"cloister.dev/internal/host/proc"
 	"cloister.dev/internal/host/vm/link"
+	"cloister.dev/internal/osutil"
 )
 
 // setup is what Setup has done.
@@ -147,18 +148,8 @@ func resize(console *os.File, width, height uint32) error {
 	if console == nil {
 		return fmt.Errorf("the process has no terminal: %w", errdefs.ErrFailedPrecondition)
 	}
-	rc, err := console.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var e error
-	if err := rc.Control(func(fd uintptr) {
-		e = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Col: uint16(min(width, 0xffff)), Row: uint16(min(height, 0xffff))})
-	}); err != nil {
-		return err
-	}
-	if e != nil {
-		return fmt.Errorf("resize the terminal: %w", e)
+	if err := osutil.SetWindow(console, width, height); err != nil {
+		return fmt.Errorf("resize the terminal: %w", err)
 	}
 	return nil
 }

@@ -96,9 +96,6 @@ func (x *execution) start(ctx context.Context) (pid int, err error) {
 		return 0, ctx.Err()
 	}
 	rec := x.record()
-	if rec.Phase != phaseCreated {
-		return 0, fmt.Errorf("exec %s was started already: %w", rec.ID, errdefs.ErrFailedPrecondition)
-	}
 	if _, err := x.task.running(); err != nil {
 		return 0, err
 	}
@@ -107,7 +104,9 @@ func (x *execution) start(ctx context.Context) (pid int, err error) {
 		return 0, err
 	}
 	defer s.close()
-	x.update(func(r *execRecord) { r.Phase = phaseStarting })
+	if err := x.claim(); err != nil {
+		return 0, err
+	}
 	st, err := x.task.host.backend.Exec(ctx, &x.task.rec.Spec, rec.ID, rec.Process, s, x.exited)
 	if err != nil {
 		x.update(func(r *execRecord) { r.Phase = phaseCreated })
@@ -121,6 +120,26 @@ func (x *execution) start(ctx context.Context) (pid int, err error) {
 		}
 	}
 	return st.Pid, nil
+}
+
+// claim notes that the process is about to be made. Who opens streams waits
+// for their reader, and the exec may be deleted meanwhile.
+func (x *execution) claim() error {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	switch {
+	case x.gone:
+		return fmt.Errorf("exec %s of task %s was deleted: %w", x.rec.ID, x.task.rec.Spec.ID, errdefs.ErrNotFound)
+	case x.rec.Phase != phaseCreated:
+		return fmt.Errorf("exec %s was started already: %w", x.rec.ID, errdefs.ErrFailedPrecondition)
+	}
+	starting := x.rec
+	starting.Phase = phaseStarting
+	if err := save(x.path, &starting); err != nil {
+		return err
+	}
+	x.rec = starting
+	return nil
 }
 
 func (x *execution) adopt(st Started) {
@@ -167,7 +186,10 @@ func (x *execution) settle() {
 
 // delete forgets an exec that has ended or was never started.
 func (x *execution) delete(ctx context.Context) (execRecord, error) {
-	rec := x.record()
+	x.mu.Lock()
+	rec := x.rec
+	x.gone = x.gone || rec.Phase == phaseCreated
+	x.mu.Unlock()
 	if rec.Exit != nil {
 		select {
 		case <-x.ended:

@@ -15,6 +15,7 @@ import (
 
 	"cloister.dev/internal/host/keeper"
 	"cloister.dev/internal/host/stdio"
+	"cloister.dev/internal/osutil"
 )
 
 // ioSpec says what the streams of a task are. It is on disk.
@@ -249,7 +250,7 @@ func (t *taskIO) flush(ctx context.Context) error {
 	t.mu.Unlock()
 	var errs []error
 	for _, s := range streams {
-		errs = append(errs, s.FlushAll(ctx))
+		errs = append(errs, s.Flush(ctx))
 	}
 	return errors.Join(errs...)
 }
@@ -355,18 +356,8 @@ func resize(tty *os.File, width, height uint32) error {
 	if tty == nil {
 		return fmt.Errorf("the process has no terminal: %w", errdefs.ErrFailedPrecondition)
 	}
-	rc, err := tty.SyscallConn()
-	if err != nil {
-		return err
-	}
-	var e error
-	if err := rc.Control(func(fd uintptr) {
-		e = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Col: uint16(min(width, 0xffff)), Row: uint16(min(height, 0xffff))})
-	}); err != nil {
-		return err
-	}
-	if e != nil {
-		return fmt.Errorf("resize the terminal: %w", e)
+	if err := osutil.SetWindow(tty, width, height); err != nil {
+		return fmt.Errorf("resize the terminal: %w", err)
 	}
 	return nil
 }

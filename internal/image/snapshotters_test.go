@@ -186,7 +186,7 @@ func mountBtrfs(t *testing.T, dir string) {
 		t.Skip("this kernel has no btrfs")
 	}
 	if _, err := openBtrfs(t.TempDir()); err != nil && strings.Contains(err.Error(), "cgo") {
-		t.Skip(err)
+		t.Skip("btrfs is compiled in with cgo alone, as go test -race is:", err)
 	}
 	file := filepath.Join(t.TempDir(), "disk")
 	if out, err := exec.Command("truncate", "-s", "256M", file).CombinedOutput(); err != nil {

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"syscall"
+	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
 	"github.com/containerd/errdefs"
@@ -18,24 +19,31 @@ type Exec struct {
 	ExecID string
 }
 
+// prepareTime bounds the call that tells a shim of an exec to come.
+const prepareTime = 10 * time.Second
+
 // Exec names a process of the container; it asks the shim nothing.
 func (t Task) Exec(id string) Exec { return Exec{Task: t, ExecID: id} }
 
-// Start runs p with the given FIFOs, made by the caller, as its streams.
+// Start runs p with the given FIFOs, made by the caller, as its streams. When
+// ctx ends first, Delete, or Kill and then Delete, undo it.
 func (e Exec) Start(ctx context.Context, p *specs.Process, stdin, stdout, stderr string) error {
 	spec, err := specAny("Process", p)
 	if err != nil {
 		return err
 	}
-	err = e.call(ctx, false, func(ctx context.Context, c *conn) error {
-		if _, err := c.task.Exec(ctx, &taskapi.ExecProcessRequest{ID: e.ID, ExecID: e.ExecID, Terminal: p.Terminal,
+	return e.call(ctx, false, func(ctx context.Context, c *conn) error {
+		// Not to be cut off: a shim may look at an abandoned call after the
+		// Delete that follows it.
+		prepare, cancel := context.WithTimeout(context.WithoutCancel(ctx), prepareTime)
+		defer cancel()
+		if _, err := c.task.Exec(prepare, &taskapi.ExecProcessRequest{ID: e.ID, ExecID: e.ExecID, Terminal: p.Terminal,
 			Stdin: stdin, Stdout: stdout, Stderr: stderr, Spec: spec}); err != nil {
 			return err
 		}
 		_, err := c.task.Start(ctx, &taskapi.StartRequest{ID: e.ID, ExecID: e.ExecID})
 		return err
 	})
-	return err
 }
 
 // specAny encodes a part of an OCI specification as containerd's clients do.

@@ -37,6 +37,7 @@ func Suite(t *testing.T, runtime string) {
 	t.Run("Parallel", s.sub(testParallel))
 	t.Run("CallerDies", s.sub(testCallerDies))
 	t.Run("KillWhileItStarts", s.sub(testKillWhileItStarts))
+	t.Run("DeleteWhileItStarts", s.sub(testDeleteWhileItStarts))
 	t.Run("KillServer", s.sub(testKillServer))
 	t.Run("KillServerDuringStarts", s.sub(testKillServerDuringStarts))
 	t.Run("KillAll", s.sub(testKillAll))

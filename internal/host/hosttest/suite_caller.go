@@ -11,6 +11,8 @@ import (
 	"time"
 
 	taskapi "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	hostv1 "cloister.dev/api/host/v1"
 )
@@ -179,4 +181,38 @@ func testKillWhileItStarts(s *Shim) {
 		}
 	}
 	s.Remove("ks-run")
+}
+
+// testDeleteWhileItStarts: an exec that was deleted does not come to life when
+// the streams that its start waited for are opened after all.
+func testDeleteWhileItStarts(s *Shim) {
+	s.Run(Container{ID: "ds", Args: []string{"sleep", "100"}, Options: onStart})
+	defer s.Remove("ds")
+	path := filepath.Join(s.Dir, "ds-out")
+	if err := unix.Mkfifo(path, 0o600); err != nil {
+		s.t.Fatal(err)
+	}
+	started := make(chan error, 1)
+	go func() { started <- s.execArgs("ds", "ds-x", &fifos{outPath: path}, "/prog", "sleep", "100") }()
+	select {
+	case err := <-started:
+		s.t.Fatalf("it did not wait for a reader: %v", err)
+	case <-time.After(100 * time.Millisecond): // it waits
+	}
+	s.deleteExec("ds", "ds-x")
+	reader, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	defer reader.Close()
+	if err := <-started; !errdefs.IsNotFound(err) {
+		s.t.Errorf("the start of a deleted exec: %v", err)
+	}
+	r, err := s.Task.Pids(s.ctx(), &taskapi.PidsRequest{ID: "ds"})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if len(r.Processes) != 1 {
+		s.t.Errorf("the container has %d processes", len(r.Processes))
+	}
 }

@@ -6,12 +6,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"cloister.dev/internal/osutil"
 )
 
 // WatchStranger tells the end of a process that is not our child. It takes
 // its own copy of pidfd.
 func (r *Reaper) WatchStranger(pid int, start uint64, pidfd *os.File, exited func(Exit)) {
-	own, err := dup(pidfd)
+	own, err := osutil.Dup(pidfd)
 	r.strangers.Add(1)
 	go func() {
 		defer r.strangers.Done()
@@ -23,22 +25,6 @@ func (r *Reaper) WatchStranger(pid int, start uint64, pidfd *os.File, exited fun
 		defer own.Close()
 		exited(r.awaitStranger(own, pid, start))
 	}()
-}
-
-func dup(f *os.File) (*os.File, error) {
-	rc, err := f.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	fd := -1
-	var e error
-	if err := rc.Control(func(h uintptr) { fd, e = unix.FcntlInt(h, unix.F_DUPFD_CLOEXEC, 0) }); err != nil {
-		return nil, err
-	}
-	if e != nil {
-		return nil, os.NewSyscallError("dup", e)
-	}
-	return os.NewFile(uintptr(fd), f.Name()), nil
 }
 
 func (r *Reaper) awaitStranger(pidfd *os.File, pid int, start uint64) Exit {

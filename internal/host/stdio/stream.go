@@ -82,14 +82,11 @@ func (s *Stream) Start() {
 // Done is closed when the stream has ended and all of it is in the log.
 func (s *Stream) Done() <-chan struct{} { return s.done }
 
-// Flush waits until what the container had written before is in the log. It
-// fails when the log cannot be written for a while; writing is tried on.
-func (s *Stream) Flush(ctx context.Context) error { return s.flush(ctx, more) }
-
-// FlushAll is Flush for a container that has ended: an unfinished line is
-// written too, although a process that is just being forked may hold the pipe
-// open and no hang-up be seen yet.
-func (s *Stream) FlushAll(ctx context.Context) error { return s.flush(ctx, last) }
+// Flush waits until all that an ended container wrote is in the log. An
+// unfinished line is written too, although a process that is just being forked
+// may hold the pipe open and no hang-up be seen yet. It fails when the log
+// cannot be written for a while; writing is tried on.
+func (s *Stream) Flush(ctx context.Context) error { return s.flush(ctx, last) }
 
 func (s *Stream) flush(ctx context.Context, end ending) error {
 	c := make(chan error, 1)

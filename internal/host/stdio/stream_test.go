@@ -65,7 +65,7 @@ func (r *rig) flush() {
 	r.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
 	defer cancel()
-	if err := r.stream.Flush(ctx); err != nil {
+	if err := r.stream.flush(ctx, more); err != nil {
 		r.t.Fatal(err)
 	}
 }
@@ -269,7 +269,7 @@ func TestFlushUnfinishedLine(t *testing.T) {
 	r.write("whole\nhalf")
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
-	if err := r.stream.FlushAll(ctx); err != nil {
+	if err := r.stream.Flush(ctx); err != nil {
 		t.Fatal(err)
 	}
 	r.want("F whole\nP half\n")
@@ -299,7 +299,7 @@ func TestFlushOnAFullDisk(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	began := time.Now()
-	if err := r.stream.Flush(ctx); !errors.Is(err, unix.ENOSPC) {
+	if err := r.stream.flush(ctx, more); !errors.Is(err, unix.ENOSPC) {
 		t.Errorf("got %v", err)
 	}
 	if took := time.Since(began); took > 2*time.Second {

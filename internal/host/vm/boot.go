@@ -38,13 +38,7 @@ func (b *Backend) StartSandbox(ctx context.Context, spec *host.SandboxSpec, exit
 	if err != nil {
 		return st, err
 	}
-	b.mu.Lock()
-	s := b.sandboxes[spec.ID]
-	if s == nil {
-		s = b.newSandbox(spec.ID)
-		b.sandboxes[spec.ID] = s
-	}
-	b.mu.Unlock()
+	s := b.sandboxFor(spec.ID)
 	s.op.Lock()
 	defer s.op.Unlock()
 	if s.machine() != nil {

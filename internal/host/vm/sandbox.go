@@ -54,7 +54,17 @@ type sandbox struct {
 	sizing sync.Mutex
 }
 
-func (b *Backend) newSandbox(id string) *sandbox { return &sandbox{backend: b, id: id} }
+// sandboxFor gives the one that is known under the id, or a new one.
+func (b *Backend) sandboxFor(id string) *sandbox {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s := b.sandboxes[id]
+	if s == nil {
+		s = &sandbox{backend: b, id: id}
+		b.sandboxes[id] = s
+	}
+	return s
+}
 
 func (s *sandbox) machine() machine.Machine {
 	s.mu.Lock()
@@ -158,13 +168,7 @@ const stopTime = 20 * time.Second
 
 // StopSandbox is part of host.Backend.
 func (b *Backend) StopSandbox(ctx context.Context, spec *host.SandboxSpec, _ host.Process) error {
-	b.mu.Lock()
-	s := b.sandboxes[spec.ID]
-	if s == nil {
-		s = b.newSandbox(spec.ID)
-		b.sandboxes[spec.ID] = s
-	}
-	b.mu.Unlock()
+	s := b.sandboxFor(spec.ID)
 	s.op.Lock()
 	defer s.op.Unlock()
 	if s.machine() == nil {

@@ -76,13 +76,7 @@ func (b *Backend) Name() string { return "vm" }
 // sandbox gives a sandbox, taking it up from its record when an earlier life
 // of this program made it.
 func (b *Backend) sandbox(ctx context.Context, id string) (*sandbox, error) {
-	b.mu.Lock()
-	s := b.sandboxes[id]
-	if s == nil {
-		s = b.newSandbox(id)
-		b.sandboxes[id] = s
-	}
-	b.mu.Unlock()
+	s := b.sandboxFor(id)
 	s.op.Lock()
 	defer s.op.Unlock()
 	if s.machine() != nil {
