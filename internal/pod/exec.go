@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -70,7 +69,10 @@ func (s *Service) startExec(ctx context.Context, c *container, cmd []string, in,
 		st.finish(ctx)
 		return nil, fmt.Errorf("exec in container %q: %w", c.record().Config.Metadata.Name, err)
 	}
-	f.opened()
+	if err := f.opened(); err != nil {
+		st.finish(ctx)
+		return nil, err
+	}
 	return st, nil
 }
 
@@ -169,7 +171,9 @@ func (s *Service) Exec(ctx context.Context, id string, cmd []string, st Streams,
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go followSize(ctx, p.exec, resize)
-	go feed(ctx, p.fifos.in, st.In, p.exec)
+	if st.In != nil {
+		go p.feed(ctx, st.In)
+	}
 	exit, err := s.runToEnd(ctx, p, st.Out, st.Err, drainTime)
 	return int32(exit.Status), err
 }
@@ -191,7 +195,9 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 	if err := t.Attach(ctx, fin, fout, ferr); err != nil {
 		return fmt.Errorf("attach to container %q: %w", c.record().Config.Metadata.Name, err)
 	}
-	f.opened()
+	if err := f.opened(); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if tty {
@@ -201,8 +207,7 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 	go func() {
 		defer close(fed)
 		if f.in != nil {
-			_, _ = io.Copy(f.in, st.In) // either side may go away at any time
-			f.in.Close()
+			f.send(ctx, st.In)
 		}
 	}()
 	if st.Out == nil && st.Err == nil {
@@ -219,14 +224,10 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 
 // feed passes the client's input on; its end closes the process's input. It
 // ends with the client's stream, which the stream server closes.
-func feed(ctx context.Context, to *os.File, from io.Reader, e shim.Exec) {
-	if to == nil {
-		return
-	}
-	_, _ = io.Copy(to, from) // either side may go away at any time
-	to.Close()
+func (st *started) feed(ctx context.Context, from io.Reader) {
+	st.fifos.send(ctx, from)
 	// With nobody waiting for it, an unanswered call only leaves the input open.
-	_ = e.CloseStdin(ctx)
+	_ = st.exec.CloseStdin(ctx)
 }
 
 func followSize(ctx context.Context, e shim.Exec, resize <-chan Size) {

@@ -11,6 +11,9 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // fifos are the daemon's ends of the streams of an exec or an attach; the
@@ -93,18 +96,65 @@ func (f *fifos) paths() (in, out, errs string) {
 	return in, out, errs
 }
 
-// opened is called when the other side has opened its ends: from now on the
-// outputs end when it closes them.
-func (f *fifos) opened() {
+// opened is called when the other side has opened its ends, or is about to:
+// from now on the outputs end when it closes them, and the input can be written
+// as long as somebody reads it.
+func (f *fifos) opened() error {
+	f.closeWriters()
+	if f.in == nil {
+		return nil
+	}
+	w, err := os.OpenFile(f.path("in"), os.O_WRONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return fmt.Errorf("open a stream: %w", err)
+	}
+	f.in.Close()
+	f.in = w
+	return nil
+}
+
+func (f *fifos) closeWriters() {
 	for _, w := range f.writers {
 		w.Close()
 	}
 	f.writers = nil
 }
 
+// readerPause is the time between two looks for a reader.
+const readerPause = 2 * time.Millisecond
+
+// send passes the input on and ends it; either side may go away at any time. It
+// waits for a reader before: some shims open their end after they have answered,
+// and what was written and closed by then would be lost, with its end.
+func (f *fifos) send(ctx context.Context, from io.Reader) {
+	defer f.in.Close()
+	for !isRead(f.in) {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(readerPause): // there is no event for "a reader has opened"
+		}
+	}
+	_, _ = io.Copy(f.in, from)
+}
+
+// isRead tells whether somebody has the other end of a pipe open.
+func isRead(w *os.File) bool {
+	rc, err := w.SyscallConn()
+	if err != nil {
+		return true // and writing fails
+	}
+	p := []unix.PollFd{{}}
+	err = rc.Control(func(fd uintptr) {
+		p[0].Fd = int32(fd)
+		_, _ = unix.Poll(p, 0)
+	})
+	return err != nil || p[0].Revents&unix.POLLERR == 0
+}
+
 func (f *fifos) close() {
 	f.once.Do(func() {
-		f.opened()
+		f.closeWriters()
 		for _, file := range []*os.File{f.in, f.out, f.err} {
 			if file != nil {
 				file.Close()
