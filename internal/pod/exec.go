@@ -69,10 +69,7 @@ func (s *Service) startExec(ctx context.Context, c *container, cmd []string, in,
 		st.finish(ctx)
 		return nil, fmt.Errorf("exec in container %q: %w", c.record().Config.Metadata.Name, err)
 	}
-	if err := f.opened(); err != nil {
-		st.finish(ctx)
-		return nil, err
-	}
+	f.opened()
 	return st, nil
 }
 
@@ -171,9 +168,7 @@ func (s *Service) Exec(ctx context.Context, id string, cmd []string, st Streams,
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go followSize(ctx, p.exec, resize)
-	if st.In != nil {
-		go p.feed(ctx, st.In)
-	}
+	go p.feed(ctx, st.In)
 	exit, err := s.runToEnd(ctx, p, st.Out, st.Err, drainTime)
 	return int32(exit.Status), err
 }
@@ -195,9 +190,7 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 	if err := t.Attach(ctx, fin, fout, ferr); err != nil {
 		return fmt.Errorf("attach to container %q: %w", c.record().Config.Metadata.Name, err)
 	}
-	if err := f.opened(); err != nil {
-		return err
-	}
+	f.opened()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	if tty {
@@ -207,7 +200,7 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 	go func() {
 		defer close(fed)
 		if f.in != nil {
-			f.send(ctx, st.In)
+			f.feed(ctx, st.In)
 		}
 	}()
 	if st.Out == nil && st.Err == nil {
@@ -225,7 +218,10 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 // feed passes the client's input on; its end closes the process's input. It
 // ends with the client's stream, which the stream server closes.
 func (st *started) feed(ctx context.Context, from io.Reader) {
-	st.fifos.send(ctx, from)
+	if st.fifos.in == nil {
+		return
+	}
+	st.fifos.feed(ctx, from)
 	// With nobody waiting for it, an unanswered call only leaves the input open.
 	_ = st.exec.CloseStdin(ctx)
 }
