@@ -28,14 +28,14 @@ type execution struct {
 	pidfd *os.File
 	term  *clientTerminal
 	gone  bool
-	ended chan struct{}
+	ended *event // its exit is known and its output delivered, or it never ran
 }
 
 const execPrefix = "exec-"
 
 func (t *task) newExec(rec execRecord) *execution {
 	return &execution{task: t, path: filepath.Join(t.dir, execPrefix+rec.ID+".json"), rec: rec,
-		op: make(chan struct{}, 1), ended: make(chan struct{})}
+		op: make(chan struct{}, 1), ended: newEvent()}
 }
 
 func (x *execution) keptName() string {
@@ -112,6 +112,7 @@ func (x *execution) start(ctx context.Context) (pid int, err error) {
 	st, err := x.task.host.backend.Exec(ctx, &x.task.rec.Spec, rec.ID, rec.Process, s, x.exited)
 	if err != nil {
 		x.update(func(r *execRecord) { r.Phase = phaseCreated })
+		x.endUnmade()
 		return 0, err
 	}
 	if err := x.adopt(st); err != nil {
@@ -213,7 +214,7 @@ func (x *execution) settle() {
 		defer cancel()
 		term.term.Drain(ctx)
 	}
-	close(x.ended)
+	x.ended.happen()
 }
 
 // delete forgets an exec that has ended or was never started.
@@ -224,7 +225,7 @@ func (x *execution) delete(ctx context.Context) (execRecord, error) {
 	x.mu.Unlock()
 	if rec.Exit != nil {
 		select {
-		case <-x.ended:
+		case <-x.ended.happened():
 		case <-ctx.Done():
 			return rec, ctx.Err()
 		}
@@ -249,11 +250,22 @@ func (x *execution) forget() {
 	term, pidfd := x.term, x.pidfd
 	x.term, x.pidfd = nil, nil
 	x.mu.Unlock()
+	x.endUnmade()
 	term.close()
 	if pidfd != nil {
 		pidfd.Close()
 	}
 	x.task.host.store.Clear(x.keptName())
+}
+
+// endUnmade tells those who wait for a deleted exec that never ran.
+func (x *execution) endUnmade() {
+	x.mu.Lock()
+	never := x.gone && x.rec.Phase == phaseCreated
+	x.mu.Unlock()
+	if never {
+		x.ended.happen()
+	}
 }
 
 // recoverExecs takes up the execs of an earlier life.
@@ -284,7 +296,7 @@ func (x *execution) recover(ctx context.Context, console, pidfd *os.File) {
 	switch {
 	case rec.Exit != nil:
 		x.pidfd = pidfd
-		close(x.ended)
+		x.ended.happen()
 	case rec.Init.Pid != 0:
 		x.pidfd = x.task.host.backend.Watch(&x.task.rec.Spec, rec.Init, pidfd, x.exited)
 	case rec.Phase == phaseStarting:

@@ -29,14 +29,14 @@ func (s hostService) Inspect(_ context.Context, r *hostv1.InspectRequest) (*host
 		return nil, err
 	}
 	rec := t.record()
-	p, exit, ended := rec.Init, rec.Exit, isClosed(t.ended)
+	p, exit, ended := rec.Init, rec.Exit, t.ended.has()
 	if r.ExecId != "" {
 		x, err := t.exec(r.ExecId)
 		if err != nil {
 			return nil, err
 		}
 		xr := x.record()
-		p, exit, ended = xr.Init, xr.Exit, isClosed(x.ended)
+		p, exit, ended = xr.Init, xr.Exit, x.ended.has()
 	}
 	resp := &hostv1.InspectResponse{Pid: uint32(p.Pid), LogPath: rec.IO.LogPath, OomKilled: rec.OOM && r.ExecId == ""}
 	if exit != nil && ended {
