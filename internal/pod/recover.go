@@ -257,7 +257,8 @@ func (s *Service) recoverLive(ctx context.Context, c *container) error {
 		return fmt.Errorf("ask for container %.13s: %w", c.record().ID, err)
 	}
 	known := err == nil && (state.Pid != 0 || state.Exited)
-	if err == nil && !known { // its start was cut off
+	if !known && (err == nil || c.handler.External()) { // its start was cut off, by which an external shim may have left half of it
+		c.onShim.Store(true)
 		if err := c.task(s).Discard(ctx); err != nil {
 			return fmt.Errorf("clear container %.13s off its shim: %w", c.record().ID, err)
 		}

@@ -18,6 +18,7 @@ import (
 	runtimeoptions "github.com/containerd/containerd/api/types/runtimeoptions/v1"
 	tasktypes "github.com/containerd/containerd/api/types/task"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/typeurl/v2"
 	"google.golang.org/protobuf/proto"
 
@@ -55,17 +56,19 @@ func (t Task) prepareForeign(ctx context.Context, create *taskapi.CreateTaskRequ
 func (h *Handler) foreignOptions(t TaskRequest) proto.Message {
 	r := h.Runtime
 	if h.runsRunc() {
-		root := r.Root
-		if root == "" { // several daemons, and a containerd, run side by side
-			root = filepath.Join(h.client.o.State, "runc")
-		}
-		return &runcoptions.Options{BinaryName: r.Binary, Root: root, SystemdCgroup: r.SystemdCgroup, NoNewKeyring: r.NoNewKeyring,
+		return &runcoptions.Options{BinaryName: r.Binary, Root: h.runcRoot(), SystemdCgroup: r.SystemdCgroup, NoNewKeyring: r.NoNewKeyring,
 			NoPivotRoot: r.NoPivotRoot, ShimCgroup: r.ShimCgroup, IoUid: cmp.Or(r.IOUid, t.IOUid), IoGid: cmp.Or(r.IOGid, t.IOGid)}
 	}
 	if r.ConfigPath == "" && r.ConfigBody == "" {
 		return nil
 	}
 	return &runtimeoptions.Options{TypeUrl: r.OptionsType, ConfigPath: r.ConfigPath, ConfigBody: []byte(r.ConfigBody)}
+}
+
+// runcRoot is runc's state folder below an external shim. Several daemons, and a
+// containerd, run side by side.
+func (h *Handler) runcRoot() string {
+	return cmp.Or(h.Runtime.Root, filepath.Join(h.client.o.State, "runc"))
 }
 
 // runsRunc tells whether the shim is containerd's for OCI runtimes.
@@ -124,9 +127,9 @@ func (t Task) oomKills(ctx context.Context) uint64 {
 	return 0
 }
 
-// bury ends a container whose shim has died and tells how it ended, which is
-// known when the shim lived to write that down. errdefs.ErrNotFound: the shim
-// had not been told of the container.
+// bury ends a container that its shim, which may have died, does not know any
+// more, and tells how it ended, which is known when the shim lived to write that
+// down. errdefs.ErrNotFound: the shim had not been told of the container.
 func (t Task) bury(ctx context.Context) (Exit, error) {
 	bundle, err := os.Readlink(t.note())
 	if errors.Is(err, fs.ErrNotExist) {
@@ -137,6 +140,9 @@ func (t Task) bury(ctx context.Context) (Exit, error) {
 	}
 	now := time.Now()
 	r, err := t.h.client.runDelete(ctx, t.h, t.ID, bundle)
+	if err == nil && t.h.runsRunc() {
+		err = t.sweep(ctx, bundle)
+	}
 	if err != nil {
 		return Exit{}, fmt.Errorf("clean up container %s after its shim: %w", t.ID, err)
 	}
@@ -148,18 +154,33 @@ func (t Task) bury(ctx context.Context) (Exit, error) {
 	return e, nil
 }
 
-// foreignState asks an external shim. A container that was created there and
-// not started belongs to a start that was cut off, and is started.
+// sweep lets the resident shim, which can, remove what a runc has left that was
+// killed with its shim while it made the container: runc itself does not know
+// such a container.
+func (t Task) sweep(ctx context.Context, bundle string) error {
+	rt := t.h.Runtime
+	options, err := typeurl.MarshalAnyToProto(&hostv1.TaskOptions{BinaryName: rt.Binary, SystemdCgroup: rt.SystemdCgroup,
+		Root: filepath.Join(t.h.runcRoot(), containerdNamespace), SandboxId: t.SandboxID, RunOnStart: true})
+	if err != nil {
+		return err
+	}
+	return t.host(ctx, true, func(ctx context.Context, c *conn) error {
+		_, err := c.task.Create(ctx, &taskapi.CreateTaskRequest{ID: t.ID, Bundle: bundle, Options: options})
+		if err != nil && !errdefs.IsAlreadyExists(errgrpc.ToNative(err)) { // an answer was lost
+			return err
+		}
+		_, err = c.task.Delete(ctx, &taskapi.DeleteRequest{ID: t.ID})
+		return err
+	})
+}
+
+// foreignState asks an external shim. What it calls created belongs to a start
+// that was cut off, like a task of ours that has no process yet: whether the OCI
+// runtime did its part the shim does not know.
 func (t Task) foreignState(ctx context.Context) (State, error) {
 	var r *taskapi.StateResponse
 	err := t.call(ctx, true, func(ctx context.Context, c *conn) (err error) {
 		r, err = c.task.State(ctx, &taskapi.StateRequest{ID: t.ID})
-		if err == nil && r.Status == tasktypes.Status_CREATED {
-			var started *taskapi.StartResponse
-			if started, err = c.task.Start(ctx, &taskapi.StartRequest{ID: t.ID}); err == nil {
-				r.Pid = started.Pid
-			}
-		}
 		return err
 	})
 	if errors.Is(err, errGone) {
@@ -175,7 +196,7 @@ func (t Task) foreignState(ctx context.Context) (State, error) {
 		// Streams may have been made for it.
 		return State{}, errors.Join(err, t.closeStreams(ctx))
 	}
-	if err != nil {
+	if err != nil || r.Status == tasktypes.Status_CREATED {
 		return State{}, err
 	}
 	s := State{Pid: r.Pid, Exited: r.Status == tasktypes.Status_STOPPED, Exit: Exit{Status: r.ExitStatus, At: r.ExitedAt.AsTime()}}
@@ -189,7 +210,9 @@ func (t Task) deleteForeign(ctx context.Context) error {
 		_, err := c.task.Delete(ctx, &taskapi.DeleteRequest{ID: t.ID})
 		return err
 	})
-	if errors.Is(err, errGone) {
+	if errdefs.IsNotFound(err) {
+		// Its shim has died, or was cut off while it made the container and has
+		// left what there is of it.
 		_, err = t.bury(ctx)
 	}
 	if err != nil && !errdefs.IsNotFound(err) {
