@@ -70,9 +70,10 @@ stock: build ## a stock containerd v2.4.2, built from its module, runs a pod on 
 	@test/setup oci vm cgo
 	test/external/stock
 
-fault: build ## kill -9 of daemon and shim under load; leaks after 500 pods
+fault: build ## kill -9 of daemon and shims under load, at any moment; leaks after 500 pods
 	@test/setup oci vm
 	test/fault/run
+	CHAOS_TIME=$${CHAOS_TIME:-40s} test/external/run -run TestChaos
 
 e2e: build ## a Kubernetes control plane and kubelet on this daemon
 	@test/setup oci cgo

@@ -139,6 +139,62 @@ func testBothKilled(t *testing.T, m machine) {
 	}
 }
 
+// halfMade is a runc that comes to a stop while it creates a container: its
+// folder and its process are there already, and it has not noted that yet.
+const halfMade = `#!/bin/sh
+root= bundle= id= create=
+for a; do
+	case $last in --root) root=$a;; --bundle) bundle=$a;; esac
+	[ "$a" = create ] && create=yes
+	last=$a id=$a
+done
+if [ ! "$create" ] || [ -e DIR/pass ]; then exec runc "$@"; fi
+exec 3>&- 4>&- 5>&- 6>&- 7>&- 8>&- 9>&- # the shim's, as runc itself closes them
+mkdir -p "$root/$id"
+mkfifo "$root/$id/exec.fifo"
+hierarchy=/sys/fs/cgroup
+[ -e $hierarchy/pids ] && hierarchy=$hierarchy/pids
+group=$hierarchy$(sed 's/.*"cgroupsPath":"\([^"]*\)".*/\1/' "$bundle/config.json")
+mkdir -p "$group"
+setsid sh -c "echo 0 >$group/cgroup.procs; exec sleep 4715" </dev/null >/dev/null 2>&1 &
+while [ ! "$(cat "$group/cgroup.procs")" ]; do sleep 0.01; done
+touch DIR/called
+sleep 1000
+`
+
+// A shim is killed while the OCI runtime that it has started makes a container,
+// and with it the runtime. Nothing stays of what was made.
+func TestShimKilledWhileItsRuntimeWorks(t *testing.T) {
+	dir := t.TempDir()
+	runc, pass := filepath.Join(dir, "runc"), filepath.Join(dir, "pass")
+	for path, text := range map[string]string{runc: strings.ReplaceAll(halfMade, "DIR", dir), pass: ""} {
+		if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m := start(t, fmt.Sprintf("version = 3\n[plugins.\"io.containerd.cri.v1.runtime\".containerd.runtimes.%s.options]\nBinaryName = %q\n", handler, runc))
+	before := m.held(t)
+	p := m.mustRun(t, "half-made")
+	if err := os.Remove(pass); err != nil {
+		t.Fatal(err)
+	}
+	started := make(chan error, 1)
+	go func() {
+		_, err := p.start(t.Context(), script("c", "true"))
+		started <- err
+	}()
+	until(t, "the runtime is at work", func() bool { _, err := os.Stat(filepath.Join(dir, "called")); return err == nil })
+	killShim(t, m, p)
+	if err := <-started; err == nil {
+		t.Error("a shim was killed, and its container runs")
+	}
+	p.mustRemove(t)
+	m.nothingLeft(t, before)
+	if runs("sleep\x004715") {
+		t.Error("the container's process runs on")
+	}
+}
+
 // testStartCutOff makes the daemon forget where the pod's shim listens, as if
 // it had been killed before it could note that.
 func testStartCutOff(t *testing.T, m machine) {
