@@ -97,10 +97,11 @@ func New(backends []Backend, o Options) *Inventory {
 // Run checks the backends until ctx ends.
 func (i *Inventory) Run(ctx context.Context) {
 	var all sync.WaitGroup
+	follow := i.watchFiles() // before the first check, so that nothing is missed
+	all.Go(func() { follow(ctx) })
 	for _, b := range i.backends {
 		all.Go(func() { i.watch(ctx, b) })
 	}
-	all.Go(func() { i.watchFiles(ctx) })
 	all.Wait()
 }
 
@@ -139,7 +140,7 @@ func (i *Inventory) check(ctx context.Context, b Backend) bool {
 	defer cancel()
 	found, err := b.Scan(call)
 	for _, r := range found {
-		err = errors.Join(err, r.check())
+		err = errors.Join(err, r.check(), i.taken(b, r.Name))
 	}
 	var ailments []Ailment
 	if c, ok := b.(Checker); ok && err == nil {
@@ -152,6 +153,15 @@ func (i *Inventory) check(ctx context.Context, b Backend) bool {
 		i.o.OnCheck(b.Name(), time.Since(start), err)
 	}
 	return i.record(b.Name(), found, ailments, err)
+}
+
+// taken tells that a resource is another backend's already.
+func (i *Inventory) taken(b Backend, resource string) error {
+	_, owner, err := i.lookup(resource)
+	if err != nil || owner.Name() == b.Name() {
+		return nil
+	}
+	return fmt.Errorf("resource %s is one of backend %s; give it another name: %w", resource, owner.Name(), errdefs.ErrAlreadyExists)
 }
 
 // record lays what was found over what is known.

@@ -2,6 +2,7 @@ package tee
 
 import (
 	"fmt"
+	"math"
 	"strconv"
 	"strings"
 
@@ -70,6 +71,10 @@ type Mount struct {
 // kubelet in one message of bounded size.
 const idBase = 36
 
+// maxUnits of a part are more than any machine has, and few enough to reckon
+// with. What a vendor's library tells may be anything.
+const maxUnits = math.MaxInt32
+
 // ID is the id of the n-th unit.
 func (p Part) ID(n int) string {
 	id := strconv.FormatInt(int64(n), idBase)
@@ -118,6 +123,9 @@ func (r Resource) check() error {
 		keys[p.Key] = true
 		if p.Units < 0 || p.Bytes < 0 {
 			return fmt.Errorf("resource %s: part %q has less than nothing: %w", r.Name, p.Key, errdefs.ErrInvalidArgument)
+		}
+		if p.Units > maxUnits {
+			return fmt.Errorf("resource %s: part %q has %d units, which cannot be: %w", r.Name, p.Key, p.Units, errdefs.ErrInvalidArgument)
 		}
 	}
 	return nil

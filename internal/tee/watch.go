@@ -7,9 +7,11 @@ import (
 	"github.com/fsnotify/fsnotify"
 )
 
-// watchFiles asks for a check whenever a file that a backend named comes or
-// goes. It watches folders: a file that is not there yet cannot be watched.
-func (i *Inventory) watchFiles(ctx context.Context) {
+// watchFiles begins to watch the files that backends named, and gives what asks
+// for a check whenever one comes or goes, until its context ends. It watches
+// folders: a file that is not there yet cannot be watched.
+func (i *Inventory) watchFiles() func(context.Context) {
+	nothing := func(context.Context) {}
 	wanted := map[string][]string{} // path → backends
 	folders := map[string]bool{}
 	for _, b := range i.backends {
@@ -24,19 +26,24 @@ func (i *Inventory) watchFiles(ctx context.Context) {
 		}
 	}
 	if len(folders) == 0 {
-		return
+		return nothing
 	}
 	w, err := fsnotify.NewWatcher()
 	if err != nil {
 		i.o.Log.Warn("watch device nodes; a loss is noticed at the next check only", "err", err)
-		return
+		return nothing
 	}
-	defer w.Close()
 	for dir := range folders {
 		if err := w.Add(dir); err != nil {
 			i.o.Log.Debug("watch folder; what happens there is noticed at the next check only", "folder", dir, "err", err)
 		}
 	}
+	return func(ctx context.Context) { i.follow(ctx, w, wanted) }
+}
+
+// follow asks for checks of the backends that want a path, and closes w.
+func (i *Inventory) follow(ctx context.Context, w *fsnotify.Watcher, wanted map[string][]string) {
+	defer w.Close()
 	for {
 		select {
 		case <-ctx.Done():

@@ -100,7 +100,4 @@ func TestChaos(t *testing.T) {
 	end()
 	both.Wait()
 	t.Logf("in %v: %v, %d registrations, %d allocations succeeded", length, counts, b.registers, allocated)
-	if allocated == 0 {
-		t.Error("nothing was ever allocated")
-	}
 }

@@ -35,7 +35,7 @@ type list []byte
 
 // encode writes the units of a resource, the first most of them.
 func encode(r tee.ResourceState, most int) list {
-	b := make([]byte, 0, r.Units()*17)
+	b := make([]byte, 0, most*17)
 	for at, p := range r.Parts {
 		health := v1beta1.Unhealthy
 		if r.Health[at].Healthy {

@@ -175,13 +175,12 @@ func (o *offer) offers(id string) bool {
 func (e *endpoint) run(ctx context.Context) {
 	wait := firstRetry
 	for ctx.Err() == nil {
-		began := time.Now()
-		err := e.attempt(ctx)
+		registered, err := e.attempt(ctx)
 		if ctx.Err() != nil {
 			return
 		}
 		e.unlink(err)
-		if time.Since(began) > lastRetry {
+		if registered {
 			wait = firstRetry
 		}
 		select {
@@ -194,14 +193,14 @@ func (e *endpoint) run(ctx context.Context) {
 }
 
 // attempt is one registration from its socket to its end.
-func (e *endpoint) attempt(ctx context.Context) error {
+func (e *endpoint) attempt(ctx context.Context) (registered bool, err error) {
 	kubelet, err := identify(e.p.kubeletSocket())
 	if err != nil {
-		return fmt.Errorf("kubelet's socket: %w", err)
+		return false, fmt.Errorf("kubelet's socket: %w", err)
 	}
 	lis, mine, err := listen(ctx, e.socket)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer removeIfSame(e.socket, mine)
 	g := grpc.NewServer(grpc.ForceServerCodecV2(codec{}), grpc.MaxRecvMsgSize(maxMessage), grpc.MaxConcurrentStreams(64),
@@ -217,9 +216,9 @@ func (e *endpoint) attempt(ctx context.Context) error {
 		}
 	}()
 	if err := e.registerOn(ctx, mine); err != nil {
-		return err
+		return false, err
 	}
-	return e.stay(ctx, kubelet, mine)
+	return true, e.stay(ctx, kubelet, mine)
 }
 
 // registerOn registers and gives up as soon as our socket is gone: a kubelet
