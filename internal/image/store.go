@@ -62,6 +62,7 @@ type Store struct {
 	arrivals arrivals
 	blobs    keyedLock
 	roots    roots
+	bases    bases
 	usage    usageCache
 	gc       collector
 	reserve  reserve
