@@ -268,7 +268,7 @@ func (s *Service) recoverContainer(ctx context.Context, c *container) error {
 	case removing, exited:
 		// What a failed start left may run still.
 		if err := c.task(s).Discard(ctx); err != nil {
-			s.log.Warn("delete an ended container on its shim", "container", c.record().ID, "err", err)
+			s.keptOnShim(c, err)
 		}
 		c.deleted.pass()
 		if c.phase() == exited {

@@ -38,8 +38,13 @@ func Suite(t *testing.T, runtime string) {
 	t.Run("CallerDies", s.sub(testCallerDies))
 	t.Run("KillWhileItStarts", s.sub(testKillWhileItStarts))
 	t.Run("DeleteWhileItStarts", s.sub(testDeleteWhileItStarts))
+	t.Run("SandboxEndsFirst", s.sub(testSandboxEndsFirst))
+	t.Run("RemoveWhileExecStarts", s.sub(testRemoveWhileExecStarts))
+	t.Run("OpenIOEndsFirst", s.sub(testOpenIOEndsFirst))
+	t.Run("LogGone", s.sub(testLogGone))
 	t.Run("KillServer", s.sub(testKillServer))
 	t.Run("KillServerDuringStarts", s.sub(testKillServerDuringStarts))
+	t.Run("KillServerDuringSandboxes", s.sub(testKillServerDuringSandboxes))
 	t.Run("KillAll", s.sub(testKillAll))
 	t.Run("KillKeeper", s.sub(testKillKeeper))
 }
