@@ -120,7 +120,11 @@ func (a *Agent) launch(ctx context.Context, t *task, r *guestv1.LaunchRequest) (
 	if err := os.MkdirAll(t.spec.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(filepath.Join(t.spec.Bundle, "config.json"), r.Config, 0o600); err != nil {
+	config, err := a.withDisks(ctx, r.Config, r.Disks)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(t.spec.Bundle, "config.json"), config, 0o600); err != nil {
 		return nil, err
 	}
 	for _, path := range r.Submounts {
