@@ -21,36 +21,50 @@ import (
 // diskTime bounds the wait for a disk that the host says it has plugged in.
 const diskTime = 20 * time.Second
 
-// withDisks gives a configuration the numbers that its disks have here.
-func (a *Agent) withDisks(ctx context.Context, config []byte, disks []*guestv1.Disk) ([]byte, error) {
-	if len(disks) == 0 {
-		return config, nil
+// adapt gives the configuration of a container with what is this machine's to
+// know: where its root file system is, and the numbers of its disks.
+func (a *Agent) adapt(ctx context.Context, dir string, r *guestv1.LaunchRequest) ([]byte, error) {
+	if r.Rootfs == nil && len(r.Disks) == 0 {
+		return r.Config, nil
 	}
 	var spec specs.Spec
-	if err := json.Unmarshal(config, &spec); err != nil {
+	if err := json.Unmarshal(r.Config, &spec); err != nil {
 		return nil, fmt.Errorf("read the configuration: %w: %w", err, errdefs.ErrInvalidArgument)
 	}
-	if spec.Linux == nil || spec.Linux.Resources == nil {
-		return nil, fmt.Errorf("the configuration has no rules for devices: %w", errdefs.ErrInvalidArgument)
+	if spec.Root == nil || spec.Linux == nil || spec.Linux.Resources == nil {
+		return nil, fmt.Errorf("the configuration has no root or no rules for devices: %w", errdefs.ErrInvalidArgument)
 	}
-	for _, d := range disks {
-		name, err := a.disk(ctx, d.Id)
-		if err != nil {
+	if r.Rootfs != nil {
+		var err error
+		if spec.Root.Path, err = a.mountRootfs(ctx, dir, r.Rootfs); err != nil {
+			return nil, err
+		}
+	}
+	for _, d := range r.Disks {
+		if err := a.numberDisk(ctx, spec.Linux, d); err != nil {
 			return nil, fmt.Errorf("device %s: %w", d.Path, err)
 		}
-		major, minor, err := number(name)
-		if err != nil {
-			return nil, fmt.Errorf("device %s: %w", d.Path, err)
-		}
-		for i := range spec.Linux.Devices {
-			if dev := &spec.Linux.Devices[i]; dev.Path == d.Path {
-				dev.Major, dev.Minor = major, minor
-			}
-		}
-		spec.Linux.Resources.Devices = append(spec.Linux.Resources.Devices,
-			specs.LinuxDeviceCgroup{Allow: true, Type: "b", Major: &major, Minor: &minor, Access: d.Access})
 	}
 	return json.Marshal(&spec)
+}
+
+// numberDisk gives the device that a disk is its number.
+func (a *Agent) numberDisk(ctx context.Context, l *specs.Linux, d *guestv1.Disk) error {
+	name, err := a.disk(ctx, d.Id)
+	if err != nil {
+		return err
+	}
+	major, minor, err := number(name)
+	if err != nil {
+		return err
+	}
+	for i := range l.Devices {
+		if dev := &l.Devices[i]; dev.Path == d.Path {
+			dev.Major, dev.Minor = major, minor
+		}
+	}
+	l.Resources.Devices = append(l.Resources.Devices, specs.LinuxDeviceCgroup{Allow: true, Type: "b", Major: &major, Minor: &minor, Access: d.Access})
+	return nil
 }
 
 // disk waits for a disk and gives its name, such as sda.

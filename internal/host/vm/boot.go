@@ -63,7 +63,11 @@ func (s *sandbox) boot(ctx context.Context, spec *host.SandboxSpec, o *hostv1.Ma
 		return err
 	}
 	c.Dir = s.backend.shortDir(s.id)
-	if c.Cgroups, err = s.prepare(spec, c.Dir, c.Accel); err != nil {
+	mkfs, err := findMkfs(o)
+	if err != nil {
+		return err
+	}
+	if c.Cgroups, err = s.prepare(spec, record{Dir: c.Dir, NetNS: spec.NetNS, Accel: c.Accel, SharePID: spec.SharePID, Mkfs: mkfs}); err != nil {
 		return err
 	}
 	program, err := FindVirtiofsd(o.VirtioFsDaemon)
@@ -71,7 +75,7 @@ func (s *sandbox) boot(ctx context.Context, spec *host.SandboxSpec, o *hostv1.Ma
 		return err
 	}
 	files, err := share.Start(ctx, s.backend.reaper, share.Config{Program: program, Dir: c.Dir, Cgroups: c.Cgroups,
-		Cache: o.VirtioFsCache, ExtraArgs: o.VirtioFsExtraArgs})
+		Cache: o.VirtioFsCache, Overlays: mkfs != "", ExtraArgs: o.VirtioFsExtraArgs})
 	if err != nil {
 		return fmt.Errorf("serve the machine's files: %w", err)
 	}
@@ -90,7 +94,7 @@ func (s *sandbox) boot(ctx context.Context, spec *host.SandboxSpec, o *hostv1.Ma
 }
 
 // prepare makes folders and cgroups, after the intent is on disk.
-func (s *sandbox) prepare(spec *host.SandboxSpec, dir, accel string) (cgroups []string, err error) {
+func (s *sandbox) prepare(spec *host.SandboxSpec, fresh record) (cgroups []string, err error) {
 	cgroups = cgroupDirs(spec.CgroupPath)
 	var made []string
 	for _, cg := range cgroups {
@@ -98,9 +102,8 @@ func (s *sandbox) prepare(spec *host.SandboxSpec, dir, accel string) (cgroups []
 			made = append(made, cg)
 		}
 	}
-	if err := s.update(func(r *record) {
-		*r = record{Dir: dir, NetNS: spec.NetNS, Cgroups: made, Accel: accel, SharePID: spec.SharePID}
-	}); err != nil {
+	fresh.Cgroups = made
+	if err := s.update(func(r *record) { *r = fresh }); err != nil {
 		return nil, err
 	}
 	for _, cg := range made {
@@ -108,7 +111,7 @@ func (s *sandbox) prepare(spec *host.SandboxSpec, dir, accel string) (cgroups []
 			return nil, fmt.Errorf("make the machine's cgroup: %w", err)
 		}
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(fresh.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the machine's folder: %w", err)
 	}
 	return usableCgroups(cgroups), nil

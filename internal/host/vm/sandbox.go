@@ -37,6 +37,8 @@ type record struct {
 	Limits map[string]limits `json:"limits,omitempty"`
 	// Disks lists the tasks that use, or are to use, each disk by its ID.
 	Disks map[string][]string `json:"disks,omitempty"`
+	// Mkfs is the program that makes disks of image layers; empty: they are shared.
+	Mkfs string `json:"mkfs,omitempty"`
 }
 
 // sandbox is one virtual machine.

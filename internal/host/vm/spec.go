@@ -38,10 +38,10 @@ func (s *sandbox) shareTask(ctx context.Context, t *host.TaskSpec) (*guestv1.Lau
 	}
 	files := s.files()
 	base := key(t.ID, "")
-	if err := files.Add(base+"/rootfs", root, share.Options{Recursive: true}); err != nil {
-		return nil, fmt.Errorf("share the root file system: %w", err)
+	if r.Rootfs, err = s.giveRoot(ctx, t.ID, root); err != nil {
+		return nil, err
 	}
-	spec.Root.Path = filepath.Join(guest.ShareDir, base, "rootfs")
+	spec.Root.Path = filepath.Join(guest.ShareDir, base, "rootfs") // unless the guest has it otherwise
 	mounted := mountPoints()
 	for i := range spec.Mounts {
 		source := spec.Mounts[i].Source
@@ -71,6 +71,22 @@ func (s *sandbox) shareTask(ctx context.Context, t *host.TaskSpec) (*guestv1.Lau
 	spec.Version, spec.Hostname, spec.Domainname, spec.Hooks = guestVersion, "", "", nil
 	r.Config, err = json.Marshal(spec)
 	return r, err
+}
+
+// giveRoot gives the guest a root file system: what it is made of where the
+// handler says so, or else as a shared folder.
+func (s *sandbox) giveRoot(ctx context.Context, task, root string) (*guestv1.Rootfs, error) {
+	if s.record().Mkfs != "" {
+		r, found, err := s.plugRoot(ctx, task, root)
+		if found || err != nil {
+			return r, err
+		}
+		s.backend.log.Info("root file system is shared: it is no overlay of layers", "task", task, "rootfs", root)
+	}
+	if err := s.files().Add(key(task, "")+"/rootfs", root, share.Options{Recursive: true}); err != nil {
+		return nil, fmt.Errorf("share the root file system: %w", err)
+	}
+	return nil, nil
 }
 
 // readSpec reads the configuration that a client wrote into the bundle.
