@@ -19,7 +19,7 @@ import (
 )
 
 // diskTime bounds the wait for a disk that the host says it has plugged in.
-const diskTime = 20 * time.Second
+const diskTime = time.Minute
 
 // adapt gives the configuration of a container with what is this machine's to
 // know: where its root file system is, and the numbers of its disks.

@@ -123,8 +123,9 @@ func portNames() map[string]string {
 	return names
 }
 
-// portTime bounds the wait for a port that the host says it has plugged in.
-const portTime = 10 * time.Second
+// portTime bounds the wait for a port that the host says it has plugged in. An
+// emulated machine on a busy host takes seconds for a handful of them.
+const portTime = time.Minute
 
 // open waits for a port and opens it.
 func (p *ports) open(ctx context.Context, name string) (*os.File, error) {

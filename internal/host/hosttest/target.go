@@ -42,11 +42,11 @@ func (on Target) sandbox() string {
 	return machineSandbox
 }
 
-// parallel is how many containers can be made at a time: a machine has two
-// streams of 64 for each.
+// parallel is how many containers are made at a time: a machine has two of its
+// 64 streams for each, and may be emulated.
 func (on Target) parallel() int {
 	if on.Machine != nil {
-		return 20
+		return 8
 	}
 	return 50
 }
