@@ -24,7 +24,10 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/moby/sys/userns"
 	bolt "go.etcd.io/bbolt"
+
+	"cloister.dev/internal/image/untar"
 )
 
 const (
@@ -66,6 +69,7 @@ type Store struct {
 	gc       collector
 	reserve  reserve
 	idmap    func() (bool, error)
+	direct   bool // layers are written where overlayfs keeps them
 
 	// ctx ends with Close; it carries the namespace and the logger.
 	ctx    context.Context
@@ -82,6 +86,7 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	s := &Store{o: withDefaults(o), index: newIndex(o.Pinned)}
 	s.log = s.o.Log
 	s.reserve = reserve{filepath.Join(o.Root, "reserve")}
+	s.direct = untar.Supported() && !userns.RunningInUserNS() // whiteouts are device nodes
 	s.idmap = sync.OnceValues(overlayutils.SupportsIDMappedMounts)
 	s.ctx, s.cancel = context.WithCancel(namespaces.WithNamespace(log.WithLogger(context.Background(), forwardLog(s.log)), namespace))
 	defer func() {

@@ -37,7 +37,7 @@ func newNames() *names {
 	return &names{dirs: make(map[string]bool), parents: make(map[string]bool)}
 }
 
-func (n *names) header(h *tar.Header) (bool, error) {
+func (n *names) header(h *tar.Header) {
 	name := path.Clean("/" + h.Name)
 	if h.Typeflag == tar.TypeDir {
 		n.dirs[name] = true
@@ -45,7 +45,6 @@ func (n *names) header(h *tar.Header) (bool, error) {
 	for dir := path.Dir(name); dir != "/" && !n.parents[dir]; dir = path.Dir(dir) {
 		n.parents[dir] = true
 	}
-	return true, nil
 }
 
 // unnamed are the folders that the archive needs and does not describe, outer
@@ -216,20 +215,22 @@ func copyAttributes(from, to string, at fs.FileInfo) error {
 	return os.Chtimes(to, at.ModTime(), at.ModTime())
 }
 
-// overlayDirs are the directories of an overlay mount that is to be written,
-// the upper layer and those below it, nearest first.
-func overlayDirs(mounts []mount.Mount) (upper string, lower []string, ok bool) {
-	if len(mounts) != 1 || mounts[0].Type != "overlay" {
-		return "", nil, false
+// layerDir is the directory in which overlayfs keeps a layer that is being
+// unpacked. The lowest one is a bind mount; those above it, which do not know
+// yet what is below, come as overlays with an upper directory alone.
+func layerDir(mounts []mount.Mount) (dir string, lowest, ok bool) {
+	if len(mounts) != 1 {
+		return "", false, false
+	}
+	if mounts[0].Type == "bind" {
+		return mounts[0].Source, true, true
 	}
 	for _, o := range mounts[0].Options {
-		if v, found := strings.CutPrefix(o, "upperdir="); found {
-			upper = v
-		} else if v, found := strings.CutPrefix(o, "lowerdir="); found {
-			lower = strings.Split(v, ":")
+		if v, found := strings.CutPrefix(o, "upperdir="); found && mounts[0].Type == "overlay" {
+			return v, false, true
 		}
 	}
-	return upper, lower, upper != ""
+	return "", false, false
 }
 
 // lowerDirs are the directories that a read-only view is made of.

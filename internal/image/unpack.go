@@ -15,7 +15,6 @@ import (
 	"github.com/containerd/containerd/v2/core/unpack"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
-	"github.com/moby/sys/userns"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/semaphore"
 )
@@ -96,13 +95,13 @@ func (s *Store) unpack(ctx context.Context, u unpacking) (err error) {
 // unpackPlatform says where and how layers are unpacked. Overlayfs lets them
 // be unpacked at the same time and put on one another when they are committed.
 func (s *Store) unpackPlatform(name string, sn snapshots.Snapshotter, u unpacking) (p unpack.Platform, parallel bool) {
-	parallel = name == snapshotterOverlay && !userns.RunningInUserNS() // whiteouts are device nodes
+	parallel = name == snapshotterOverlay && s.direct
 	dirs := new(unnamedDirs)
 	p = unpack.Platform{
 		Platform:       platforms.All, // follow has checked it
 		SnapshotterKey: name,
 		Snapshotter:    layering{sn, dirs, u.decrypted()},
-		Applier: &applier{content: s.content, track: u.track, syncFS: s.o.SyncFS, dirs: dirs, keys: u.keys,
+		Applier: &applier{content: s.content, track: u.track, syncFS: s.o.SyncFS, dirs: dirs, keys: u.keys, direct: parallel,
 			// Enough layers at a time keep all cores busy by themselves.
 			ahead: !parallel || int64(len(u.manifest.Layers)) < unpackers()},
 	}
