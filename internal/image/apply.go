@@ -25,10 +25,8 @@ type applier struct {
 	content content.Provider
 	track   *tracker
 	syncFS  bool
-	dirs    *unnamedDirs
+	dirs    *unnamedDirs // nil: layers are written into mounts
 	keys    layerKeys
-	ahead   bool // decompress in a goroutine of its own
-	direct  bool // into the directories of overlayfs, without a mount
 }
 
 func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts []mount.Mount, _ ...diff.ApplyOpt) (imagespec.Descriptor, error) {
@@ -48,12 +46,8 @@ func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts [
 		return none, fmt.Errorf("decompress layer: %w", err)
 	}
 	defer plain.Close()
-	archived := io.Reader(plain)
-	if a.ahead {
-		r := newReadAhead(plain)
-		defer r.Close() // before plain: it is what reads there
-		archived = r
-	}
+	archived := newReadAhead(plain)
+	defer archived.Close() // before plain: it is what reads there
 	sum := digest.Canonical.Digester()
 	out := &countingReader{r: io.TeeReader(archived, sum.Hash())}
 	if err := a.extract(ctx, mounts, out); err != nil {
@@ -74,7 +68,7 @@ func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts [
 // of the layer, so that nothing need be mounted.
 func (a *applier) extract(ctx context.Context, mounts []mount.Mount, r io.Reader) error {
 	dir, lowest, ok := layerDir(mounts)
-	if !ok || !a.direct {
+	if !ok || a.dirs == nil {
 		return mount.WithTempMount(ctx, mounts, func(root string) error {
 			if _, err := archive.Apply(ctx, root, r); err != nil {
 				return err

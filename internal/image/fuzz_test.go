@@ -109,7 +109,7 @@ func FuzzLayer(f *testing.F) {
 		if err := os.WriteFile(canary, []byte("untouched"), 0o640); err != nil {
 			t.Fatal(err)
 		}
-		a := &applier{dirs: new(unnamedDirs), direct: true}
+		a := &applier{dirs: new(unnamedDirs)}
 		small := io.LimitReader(bytes.NewReader(b), 1<<16)
 		_ = a.extract(t.Context(), []mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{"upperdir=" + root}}}, small)
 		entries, err := os.ReadDir(base)

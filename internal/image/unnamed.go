@@ -67,6 +67,7 @@ func (n *names) unnamed() []string {
 type unnamedDirs struct {
 	mu    sync.Mutex
 	upper map[string][]string
+	below map[string][]string // directories of a layer that was committed and of those below it, nearest first
 }
 
 func (u *unnamedDirs) add(upper string, dirs []string) {
@@ -89,12 +90,33 @@ func (u *unnamedDirs) take(upper string) []string {
 	return dirs
 }
 
+// committed remembers where a layer is, when those below it are known.
+func (u *unnamedDirs) committed(name, parent, dir string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	below, ok := u.below[parent]
+	if parent != "" && !ok || dir == "" {
+		return
+	}
+	if u.below == nil {
+		u.below = make(map[string][]string)
+	}
+	u.below[name] = append([]string{dir}, below...)
+}
+
+func (u *unnamedDirs) known(name string) ([]string, bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	dirs, ok := u.below[name]
+	return dirs, ok
+}
+
 // layering is a snapshotter that layers of an image are committed to. Where
 // they were unpacked without those below them it completes their folders, and
 // it marks those that were decrypted.
 type layering struct {
 	snapshots.Snapshotter
-	dirs      *unnamedDirs
+	dirs      *unnamedDirs    // nil: each layer is unpacked on those below it
 	decrypted map[string]bool // by name
 }
 
@@ -105,15 +127,35 @@ func (l layering) Commit(ctx context.Context, name, key string, opts ...snapshot
 			return err
 		}
 	}
-	if info.Parent != "" {
-		if err := l.complete(ctx, key, info.Parent); err != nil {
+	var dir string
+	if l.dirs != nil {
+		var err error
+		if dir, err = l.upper(ctx, key); err != nil {
+			return err
+		}
+		if err := l.complete(ctx, key, info.Parent, dir); err != nil {
 			return fmt.Errorf("folders of layer %s: %w", name, err)
 		}
 	}
 	if l.decrypted[name] {
 		opts = append(slices.Clone(opts), snapshots.WithLabels(map[string]string{labelDecrypted: "1"}))
 	}
-	return l.Snapshotter.Commit(ctx, name, key, opts...)
+	if err := l.Snapshotter.Commit(ctx, name, key, opts...); err != nil {
+		return err
+	}
+	if l.dirs != nil {
+		l.dirs.committed(name, info.Parent, dir)
+	}
+	return nil
+}
+
+// upper is the directory of a layer that was unpacked without those below it.
+func (l layering) upper(ctx context.Context, key string) (string, error) {
+	mounts, err := l.Mounts(ctx, key)
+	if err != nil || len(mounts) != 1 || mounts[0].Type != "bind" {
+		return "", err
+	}
+	return mounts[0].Source, nil
 }
 
 // Remove forgets an unpacked layer. containerd's unpacker does so twice where
@@ -125,27 +167,23 @@ func (l layering) Remove(ctx context.Context, key string) error {
 	return nil
 }
 
-func (l layering) complete(ctx context.Context, key, parent string) (err error) {
-	mounts, err := l.Mounts(ctx, key)
-	if err != nil {
-		return err
-	}
-	if len(mounts) != 1 || mounts[0].Type != "bind" {
+// complete gives the unnamed folders of a layer what the layers below say of them.
+func (l layering) complete(ctx context.Context, key, parent, upper string) (err error) {
+	unnamed := l.dirs.take(upper)
+	if parent == "" || len(unnamed) == 0 {
 		return nil
 	}
-	upper := mounts[0].Source
-	dirs := l.dirs.take(upper)
-	if len(dirs) == 0 {
-		return nil
+	lower, ok := l.dirs.known(parent)
+	if !ok { // it was here before this pull
+		view := key + "-below"
+		below, err := l.View(ctx, view, parent)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, l.Remove(context.WithoutCancel(ctx), view)) }()
+		lower = lowerDirs(below)
 	}
-	view := key + "-below"
-	below, err := l.View(ctx, view, parent)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, l.Remove(context.WithoutCancel(ctx), view)) }()
-	lower := lowerDirs(below)
-	for _, d := range dirs {
+	for _, d := range unnamed {
 		if err := inherit(upper, d, lower); err != nil {
 			return err
 		}
