@@ -65,6 +65,7 @@ func (n *names) unnamed() []string {
 // unnamedDirs keeps the unnamed folders of layers, by upper directory, until
 // the layers are committed.
 type unnamedDirs struct {
+	stay  bool // committed layers stay where they were unpacked
 	mu    sync.Mutex
 	upper map[string][]string
 	below map[string][]string // directories of a layer that was committed and of those below it, nearest first
@@ -95,7 +96,7 @@ func (u *unnamedDirs) committed(name, parent, dir string) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	below, ok := u.below[parent]
-	if parent != "" && !ok || dir == "" {
+	if parent != "" && !ok || dir == "" || !u.stay {
 		return
 	}
 	if u.below == nil {
@@ -118,6 +119,26 @@ type layering struct {
 	snapshots.Snapshotter
 	dirs      *unnamedDirs    // nil: each layer is unpacked on those below it
 	decrypted map[string]bool // by name
+	lowest    string          // name of the layer with none below it
+}
+
+// Prepare tells the applier, by the kind of mount, whether there will be a
+// layer below.
+func (l layering) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	mounts, err := l.Snapshotter.Prepare(ctx, key, parent, opts...)
+	if err != nil || l.dirs == nil || len(mounts) != 1 || mounts[0].Type != "bind" {
+		return mounts, err
+	}
+	var info snapshots.Info
+	for _, o := range opts {
+		if err := o(&info); err != nil {
+			return nil, err
+		}
+	}
+	if info.Labels[snapshots.LabelSnapshotRef] != l.lowest {
+		mounts = []mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{"upperdir=" + mounts[0].Source}}}
+	}
+	return mounts, nil
 }
 
 func (l layering) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {

@@ -94,18 +94,22 @@ func (s *Store) unpack(ctx context.Context, u unpacking) (err error) {
 	return nil
 }
 
-// unpackPlatform says where and how layers are unpacked. Overlayfs lets them
-// be unpacked at the same time and put on one another when they are committed.
+// unpackPlatform says where and how layers are unpacked. Where they are put on
+// one another by an overlay they can be unpacked at the same time.
 func (s *Store) unpackPlatform(name string, sn snapshots.Snapshotter, u unpacking) (p unpack.Platform, parallel bool) {
-	parallel = name == snapshotterOverlay && s.direct
+	parallel = overlays(name) && s.direct
 	var dirs *unnamedDirs
 	if parallel {
-		dirs = new(unnamedDirs)
+		dirs = &unnamedDirs{stay: name == snapshotterOverlay}
+	}
+	var lowest string
+	if chains := u.chains(); len(chains) > 0 {
+		lowest = chains[0]
 	}
 	p = unpack.Platform{
 		Platform:       platforms.All, // follow has checked it
 		SnapshotterKey: name,
-		Snapshotter:    layering{sn, dirs, u.decrypted()},
+		Snapshotter:    layering{sn, dirs, u.decrypted(), lowest},
 		Applier:        &applier{content: u.content, track: u.track, syncFS: s.o.SyncFS, dirs: dirs, keys: u.keys},
 	}
 	if parallel {
