@@ -1,11 +1,11 @@
 package image
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"sync"
 	"time"
 
@@ -14,15 +14,19 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 )
 
 // Half of the time of pulling an image of small layers was waiting for the
-// disk. So what is small is read from memory as soon as its bytes are here and
-// have the digest, while it is still written through. Nothing is recorded
-// before that is done: neither the image nor that a layer was unpacked.
+// disk. So what is small is read as soon as its bytes are here and have the
+// digest, while it is still written through. Nothing is recorded before that is
+// done: neither the image nor that a layer was unpacked.
+//
+// Documents are kept in memory until then, layers in files without a name, of
+// which nothing is left when the daemon dies.
 const (
-	smallBlob    = 4 << 20
-	pendingBytes = 16 << 20 // of layers, for one pull
+	smallBlob    = 8 << 20
+	pendingBytes = 64 << 20 // of layers, for one pull
 	writeTimeout = 5 * time.Minute
 )
 
@@ -38,8 +42,13 @@ type pending struct {
 	wg    sync.WaitGroup
 }
 
+// pendingBlob is closed when the last of its users has closed it. users is
+// guarded by pending.mu.
 type pendingBlob struct {
-	data    []byte
+	from    io.ReaderAt
+	size    int64
+	users   int
+	close   func()
 	written chan struct{}
 	err     error // set before written is closed
 }
@@ -48,7 +57,7 @@ func newPending(s content.Store) *pending {
 	return &pending{Store: s, blobs: make(map[digest.Digest]*pendingBlob), free: pendingBytes}
 }
 
-// reserve takes memory for a blob. write gives it back.
+// reserve takes room for a layer, if there is some.
 func (p *pending) reserve(n int64) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -65,19 +74,36 @@ func (p *pending) release(n int64) {
 	p.free += n
 }
 
-func (p *pending) get(d digest.Digest) *pendingBlob {
+// use finds a blob that is on its way. leave ends the use.
+func (p *pending) use(d digest.Digest) *pendingBlob {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.blobs[d]
+	b := p.blobs[d]
+	if b != nil {
+		b.users++
+	}
+	return b
+}
+
+func (p *pending) leave(b *pendingBlob) {
+	p.mu.Lock()
+	b.users--
+	last := b.users == 0
+	p.mu.Unlock()
+	if last {
+		b.close()
+	}
 }
 
 // write makes a blob readable at once, and calls done when it is on the disk or
-// could not be written. It goes on when ctx is cancelled: the next pull resumes.
-func (p *pending) write(ctx context.Context, desc imagespec.Descriptor, data []byte, done func()) {
-	b := &pendingBlob{data: data, written: make(chan struct{})}
+// could not be written, and end when nobody reads it any more. It goes on
+// when ctx is cancelled: the next pull resumes.
+func (p *pending) write(ctx context.Context, desc imagespec.Descriptor, from io.ReaderAt, done, end func()) {
+	b := &pendingBlob{from: from, size: desc.Size, users: 1, close: end, written: make(chan struct{})}
 	p.mu.Lock()
 	if p.blobs[desc.Digest] != nil { // a document and a layer of the same bytes
 		p.mu.Unlock()
+		end()
 		done()
 		return
 	}
@@ -85,17 +111,17 @@ func (p *pending) write(ctx context.Context, desc imagespec.Descriptor, data []b
 	p.mu.Unlock()
 	p.wg.Go(func() {
 		defer done()
+		defer p.leave(b)
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
 		defer cancel()
-		err := content.WriteBlob(ctx, p.Store, remotes.MakeRefKey(ctx, desc), bytes.NewReader(data), desc)
+		err := content.WriteBlob(ctx, p.Store, remotes.MakeRefKey(ctx, desc), io.NewSectionReader(from, 0, desc.Size), desc)
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if err != nil {
 			b.err = fmt.Errorf("write %s to the content store: %w", desc.Digest, err)
 			p.errs = append(p.errs, b.err)
-		} else {
-			delete(p.blobs, desc.Digest)
 		}
+		delete(p.blobs, desc.Digest)
 		close(b.written)
 	})
 }
@@ -110,10 +136,11 @@ func (p *pending) wait() error {
 
 // settle waits for one blob.
 func (p *pending) settle(ctx context.Context, d digest.Digest) error {
-	b := p.get(d)
+	b := p.use(d)
 	if b == nil {
 		return nil
 	}
+	defer p.leave(b)
 	select {
 	case <-b.written:
 		return b.err
@@ -124,8 +151,8 @@ func (p *pending) settle(ctx context.Context, d digest.Digest) error {
 
 // ReaderAt reads what is on its way, too.
 func (p *pending) ReaderAt(ctx context.Context, desc imagespec.Descriptor) (content.ReaderAt, error) {
-	if b := p.get(desc.Digest); b != nil {
-		return memory{bytes.NewReader(b.data)}, nil
+	if b := p.use(desc.Digest); b != nil {
+		return pendingReader{b, p}, nil
 	}
 	return p.Store.ReaderAt(ctx, desc)
 }
@@ -138,12 +165,23 @@ func (p *pending) Update(ctx context.Context, info content.Info, fields ...strin
 	return p.Store.Update(ctx, info, fields...)
 }
 
-type memory struct{ *bytes.Reader }
+// pendingReader is one use of a blob that is on its way.
+type pendingReader struct {
+	b *pendingBlob
+	p *pending
+}
 
-func (memory) Close() error { return nil }
+func (r pendingReader) ReadAt(b []byte, off int64) (int, error) { return r.b.from.ReadAt(b, off) }
+func (r pendingReader) Size() int64                             { return r.b.size }
 
-// small fetches a layer into memory, unless it is here already or was begun. It
-// says whether it did. Locks keep other pulls from fetching it meanwhile.
+func (r pendingReader) Close() error {
+	r.p.leave(r.b)
+	return nil
+}
+
+// small fetches a layer into a file without a name, unless it is here already
+// or was begun. It says whether it did. Locks keep other pulls from fetching it
+// meanwhile.
 func (p *puller) small(ctx context.Context, desc imagespec.Descriptor) (bool, error) {
 	if desc.Size > smallBlob || p.inParts(desc) || !p.pending.reserve(desc.Size) {
 		return false, nil
@@ -163,43 +201,50 @@ func (p *puller) small(ctx context.Context, desc imagespec.Descriptor) (bool, er
 		done()
 		return false, nil
 	}
-	data, err := p.download(ctx, desc)
+	fd, err := unix.Open(p.s.contentDir(), unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
+	if err != nil { // not every file system has such files
+		done()
+		return false, nil
+	}
+	f := os.NewFile(uintptr(fd), "layer "+desc.Digest.String())
+	n, err := p.download(ctx, desc, f)
 	if err != nil {
-		if len(data) > 0 && !errors.Is(err, errLied) {
-			err = errors.Join(err, p.keepPart(ctx, ref, desc, data))
+		if n > 0 && !errors.Is(err, errLied) {
+			err = errors.Join(err, p.keepPart(ctx, ref, desc, io.NewSectionReader(f, 0, n)))
 		}
+		_ = f.Close()
 		done()
 		return false, fmt.Errorf("fetch %s: %w", desc.Digest, err)
 	}
-	p.pending.write(ctx, desc, data, done)
+	p.pending.write(ctx, desc, f, done, func() { _ = f.Close() })
 	return true, nil
 }
 
-// download fetches a blob into memory and compares it with its digest. With an
-// error it returns what came, which is its beginning unless the error is errLied.
-func (p *puller) download(ctx context.Context, desc imagespec.Descriptor) ([]byte, error) {
+// download fetches a blob and compares it with its digest. It returns how much
+// was written, which is the blob's beginning unless the error is errLied.
+func (p *puller) download(ctx context.Context, desc imagespec.Descriptor, to io.Writer) (int64, error) {
 	rc, err := p.tracked().Fetch(ctx, desc)
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
 	defer rc.Close()
-	data := make([]byte, desc.Size)
-	n, err := io.ReadFull(rc, data)
-	if errors.Is(err, io.EOF) && n == 0 {
+	sum := desc.Digest.Algorithm().Digester()
+	n, err := io.CopyN(io.MultiWriter(to, sum.Hash()), rc, desc.Size)
+	if errors.Is(err, io.EOF) {
 		err = io.ErrUnexpectedEOF
 	}
 	if err != nil {
-		return data[:n], err
+		return n, err
 	}
 	more, err := rc.Read(make([]byte, 1))
-	if more > 0 || errdefs.IsFailedPrecondition(err) || desc.Digest.Algorithm().FromBytes(data) != desc.Digest {
-		return nil, errLied
+	if more > 0 || errdefs.IsFailedPrecondition(err) || sum.Digest() != desc.Digest {
+		return n, errLied
 	}
-	return data, nil
+	return n, nil
 }
 
 // keepPart keeps the beginning of a blob, with which the next pull goes on.
-func (p *puller) keepPart(ctx context.Context, ref string, desc imagespec.Descriptor, data []byte) error {
+func (p *puller) keepPart(ctx context.Context, ref string, desc imagespec.Descriptor, data io.Reader) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaseTimeout)
 	defer cancel()
 	w, err := p.s.content.Writer(ctx, content.WithRef(ref), content.WithDescriptor(desc))
@@ -209,6 +254,6 @@ func (p *puller) keepPart(ctx context.Context, ref string, desc imagespec.Descri
 	if err != nil {
 		return err
 	}
-	_, err = w.Write(data)
+	_, err = io.Copy(w, data)
 	return errors.Join(err, w.Close())
 }

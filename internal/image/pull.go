@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -112,7 +113,7 @@ func (p *puller) bring(ctx context.Context, c chosen, keys layerKeys, lease leas
 		}
 	}()
 	for _, d := range p.docs {
-		p.pending.write(ctx, d.desc, d.data, func() {})
+		p.pending.write(ctx, d.desc, bytes.NewReader(d.data), func() {}, func() {})
 	}
 	p.track.layers(c.layers())
 	if err := s.prove(ctx, c, s.snapshotters[p.req.Snapshotter], p.settled); err != nil {
@@ -132,9 +133,11 @@ func (p *puller) bring(ctx context.Context, c chosen, keys layerKeys, lease leas
 func (p *puller) read(ctx context.Context, desc imagespec.Descriptor) ([]byte, error) {
 	data, err := content.ReadBlob(ctx, p.s.content, desc)
 	if errdefs.IsNotFound(err) {
-		if data, err = p.download(ctx, desc); err != nil {
+		var b bytes.Buffer
+		if _, err = p.download(ctx, desc, &b); err != nil {
 			err = fmt.Errorf("fetch %s: %w", desc.Digest, err)
 		}
+		data = b.Bytes()
 	}
 	if err != nil {
 		return nil, err
