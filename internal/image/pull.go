@@ -212,19 +212,28 @@ func refusesRange(err error) bool {
 		(status.StatusCode == http.StatusRequestedRangeNotSatisfiable || status.StatusCode == http.StatusBadRequest)
 }
 
-// label makes the documents refer to their children, for garbage collection.
+// label makes the documents refer to their children, for garbage collection. An
+// index gets one label for each platform that was pulled.
 func (s *Store) label(ctx context.Context, c chosen) error {
-	names := images.ChildGCLabels
-	if s.o.DiscardUnpackedLayers {
-		names = images.ChildGCLabelsFilterLayers
-	}
 	for _, p := range c.parents {
+		names := images.ChildGCLabels
+		if s.o.DiscardUnpackedLayers {
+			names = images.ChildGCLabelsFilterLayers
+		}
+		if images.IsIndexType(p.desc.MediaType) {
+			names = func(d imagespec.Descriptor) []string { return []string{indexLabel(d)} }
+		}
 		children := func(context.Context, imagespec.Descriptor) ([]imagespec.Descriptor, error) { return p.children, nil }
 		if _, err := images.SetChildrenMappedLabels(s.content, children, names)(ctx, p.desc); err != nil {
 			return fmt.Errorf("label %s: %w", p.desc.Digest, err)
 		}
 	}
 	return nil
+}
+
+// indexLabel is how an index refers to one of its manifests.
+func indexLabel(d imagespec.Descriptor) string {
+	return "containerd.io/gc.ref.content.m." + d.Digest.Encoded()
 }
 
 // record makes the image known, under its ID and its names, and ends the lease
@@ -243,6 +252,9 @@ func (s *Store) record(ctx context.Context, name reference.Named, c chosen, req 
 		labels[k] = v
 	}
 	pinned := labels[labelPinned] == labelPinnedYes || slices.ContainsFunc(names, func(n string) bool { return s.index.pinned[n] })
+	for i, n := range names[1:] {
+		names[i+1] = recordName(n, img.platform)
+	}
 	if pinned {
 		labels[labelPinned] = labelPinnedYes
 	}
