@@ -28,6 +28,7 @@ const (
 	whiteout       = ".wh."
 	whiteoutOpaque = ".wh..wh..opq"
 	copySize       = 128 << 10
+	largeFile      = 64 << 20
 )
 
 // Options say what the folder is for.
@@ -206,7 +207,7 @@ func (x *extraction) create(ctx context.Context, h *tar.Header, base string, r i
 	case tar.TypeDir:
 		return named("make folder", unix.Mkdirat(x.at.fd, base, mode))
 	case tar.TypeReg:
-		return x.file(ctx, base, mode, r)
+		return x.file(ctx, base, mode, h.Size, r)
 	case tar.TypeSymlink:
 		return named("make symbolic link", unix.Symlinkat(h.Linkname, x.at.fd, base))
 	case tar.TypeLink:
@@ -224,7 +225,23 @@ func named(what string, err error) error {
 	return nil
 }
 
-func (x *extraction) file(ctx context.Context, base string, mode uint32, r io.Reader) (err error) {
+// fits refuses a file that the file system has no room for before it is written:
+// a sparse one has its size in a few bytes.
+func (x *extraction) fits(size int64) error {
+	var st unix.Statfs_t
+	if size < largeFile || unix.Fstatfs(x.at.fd, &st) != nil {
+		return nil
+	}
+	if free := st.Bavail * uint64(st.Bsize); uint64(size) > free {
+		return fmt.Errorf("file of %d bytes where %d are free: %w", size, free, errdefs.ErrResourceExhausted)
+	}
+	return nil
+}
+
+func (x *extraction) file(ctx context.Context, base string, mode uint32, size int64, r io.Reader) (err error) {
+	if err := x.fits(size); err != nil {
+		return err
+	}
 	fd, err := unix.Openat(x.at.fd, base, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, mode)
 	if err != nil {
 		return fmt.Errorf("make file: %w", err)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 )
 
@@ -272,6 +273,62 @@ func TestRefused(t *testing.T) {
 				t.Errorf("error %v, want %s", err, c.want)
 			}
 		})
+	}
+}
+
+// sparse is a file of any size without a byte in the archive, as GNU tar 1.0
+// has it, which Go's writer does not make.
+func sparse(size int64) []byte {
+	var out bytes.Buffer
+	entry := func(kind byte, name string, body []byte) {
+		b := make([]byte, 512)
+		copy(b, name)
+		copy(b[100:], "0000644\x000000000\x000000000\x00")
+		copy(b[124:], fmt.Sprintf("%011o\x0000000000000\x00        ", len(body)))
+		b[156] = kind
+		copy(b[257:], "ustar\x0000")
+		sum := 0
+		for _, c := range b {
+			sum += int(c)
+		}
+		copy(b[148:], fmt.Sprintf("%06o\x00 ", sum))
+		out.Write(b)
+		out.Write(body)
+		out.Write(make([]byte, (512-len(body)%512)%512))
+	}
+	var records strings.Builder
+	for _, r := range []string{"GNU.sparse.major=1", "GNU.sparse.minor=0", "GNU.sparse.name=big", fmt.Sprint("GNU.sparse.realsize=", size)} {
+		n := len(r) + 2 // with a space and the line's end
+		for n != len(fmt.Sprint(n))+len(r)+2 {
+			n = len(fmt.Sprint(n)) + len(r) + 2
+		}
+		fmt.Fprintf(&records, "%d %s\n", n, r)
+	}
+	entry('x', "PaxHeaders/big", []byte(records.String()))
+	table := make([]byte, 512)
+	copy(table, fmt.Sprintf("1\n%d\n0\n", size))
+	entry('0', "GNUSparseFile/big", table)
+	out.Write(make([]byte, 1024))
+	return out.Bytes()
+}
+
+// TestSparse: a small one is zeros; a file for which there is no room is not begun.
+func TestSparse(t *testing.T) {
+	needRoot(t)
+	root := t.TempDir()
+	if err := Extract(t.Context(), root, bytes.NewReader(sparse(1<<20)), Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if b, err := os.ReadFile(filepath.Join(root, "big")); err != nil || !bytes.Equal(b, make([]byte, 1<<20)) {
+		t.Errorf("%d bytes %v", len(b), err)
+	}
+	root = t.TempDir()
+	err := Extract(t.Context(), root, bytes.NewReader(sparse(1<<60)), Options{})
+	if !errdefs.IsResourceExhausted(err) || !strings.Contains(err.Error(), `entry "big" of the layer: file of 1152921504606846976 bytes where`) {
+		t.Errorf("error %v", err)
+	}
+	if left, err := os.ReadDir(root); err != nil || len(left) > 0 {
+		t.Errorf("left is %v %v", left, err)
 	}
 }
 
