@@ -41,7 +41,7 @@ unit: build
 	cd test/registry && $(GO) vet ./... && $(GO) test -race ./...
 
 integration: build ## a real daemon, as root: bad input, restarts, streams, external shims
-	@test/setup oci vm
+	@test/setup oci vm registry
 	test/integration/run
 	test/external/run
 

@@ -124,7 +124,7 @@ func (s *Store) PrepareRootfs(ctx context.Context, key string, img Image, o Root
 			return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
 		}
 	}
-	volatile := o.Volatile && name == snapshotterOverlay
+	volatile := o.Volatile && overlays(name)
 	if volatile {
 		labels[labelVolatile] = "1"
 	}
@@ -136,11 +136,12 @@ func (s *Store) PrepareRootfs(ctx context.Context, key string, img Image, o Root
 	return s.prepare(ctx, key, img, root{snapshotter: name, volatile: volatile}, labels, sn.Prepare)
 }
 
-// PrepareView makes a read-only view of an image, for an image volume.
-func (s *Store) PrepareView(ctx context.Context, key string, img Image) ([]mount.Mount, error) {
-	name, sn, err := s.snapshotter("")
+// PrepareView makes a read-only view of an image, for an image volume. An empty
+// snapshotter is the default one.
+func (s *Store) PrepareView(ctx context.Context, key string, img Image, snapshotter string) ([]mount.Mount, error) {
+	name, sn, err := s.snapshotter(snapshotter)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("view %s: %w", quoted(key), err)
 	}
 	return s.prepare(ctx, key, img, root{snapshotter: name}, map[string]string{}, sn.View)
 }
@@ -178,10 +179,16 @@ func (s *Store) make(ctx context.Context, key string, img Image, do func(context
 	return mounts, nil
 }
 
+// overlays says whether root file systems of a snapshotter are overlays, which
+// can be volatile and have id-mapped layers.
+func overlays(snapshotter string) bool {
+	return snapshotter == snapshotterOverlay || snapshotter == snapshotterErofs
+}
+
 // idLabels asks the snapshotter for id-mapped lower layers.
 func (s *Store) idLabels(labels map[string]string, snapshotter string, uids, gids []specs.LinuxIDMapping) error {
-	if snapshotter != snapshotterOverlay {
-		return fmt.Errorf("snapshotter %s has no id-mapped layers, user namespaces need %s: %w", snapshotter, snapshotterOverlay, errdefs.ErrNotImplemented)
+	if !overlays(snapshotter) {
+		return fmt.Errorf("snapshotter %s has no id-mapped layers, user namespaces need %s or %s: %w", snapshotter, snapshotterOverlay, snapshotterErofs, errdefs.ErrNotImplemented)
 	}
 	if len(uids) == 0 || len(gids) == 0 {
 		return fmt.Errorf("user namespace needs both uid and gid mappings: %w", errdefs.ErrInvalidArgument)
@@ -205,7 +212,7 @@ func mapping(list []specs.LinuxIDMapping) string {
 // SupportsIDMapping says whether PrepareRootfs takes UIDs and GIDs with the
 // default snapshotter. The first call probes the kernel.
 func (s *Store) SupportsIDMapping() bool {
-	if s.o.Snapshotter != snapshotterOverlay {
+	if !overlays(s.o.Snapshotter) {
 		return false
 	}
 	ok, err := s.idmap()
