@@ -145,7 +145,7 @@ func (f *fakeImages) Pull(_ context.Context, r image.PullRequest) (image.Image, 
 	return f.image, f.fail
 }
 
-func (f *fakeImages) Get(ref string) (image.Image, error) {
+func (f *fakeImages) GetFor(_ context.Context, ref, _, _ string) (image.Image, error) {
 	if strings.Contains(ref, "!") {
 		return image.Image{}, fmt.Errorf("image name %q: %w", ref, errdefs.ErrInvalidArgument)
 	}
@@ -159,8 +159,8 @@ func (f *fakeImages) Get(ref string) (image.Image, error) {
 
 func (f *fakeImages) List() []image.Image { return []image.Image{f.image} }
 
-func (f *fakeImages) Remove(_ context.Context, ref string) error {
-	_, err := f.Get(ref)
+func (f *fakeImages) RemoveFor(ctx context.Context, ref, _ string) error {
+	_, err := f.GetFor(ctx, ref, "", "")
 	return err
 }
 

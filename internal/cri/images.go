@@ -49,6 +49,16 @@ func (s *Server) placeOf(spec *runtimeapi.ImageSpec) (snapshotter, platform stri
 	return snapshotter, s.platform(handler), nil
 }
 
+// image finds the image that a specification means: a tag may stand for
+// another one on each handler.
+func (s *Server) image(ctx context.Context, spec *runtimeapi.ImageSpec) (image.Image, error) {
+	snapshotter, platform, err := s.placeOf(spec)
+	if err != nil {
+		return image.Image{}, err
+	}
+	return s.images.GetFor(ctx, spec.GetImage(), snapshotter, platform)
+}
+
 func auth(a *runtimeapi.AuthConfig) *image.Auth {
 	if a == nil {
 		return nil
@@ -60,14 +70,14 @@ func auth(a *runtimeapi.AuthConfig) *image.Auth {
 }
 
 // ListImages lists images.
-func (s *Server) ListImages(_ context.Context, r *runtimeapi.ListImagesRequest) (*runtimeapi.ListImagesResponse, error) {
-	found, err := s.listImages(r.GetFilter())
+func (s *Server) ListImages(ctx context.Context, r *runtimeapi.ListImagesRequest) (*runtimeapi.ListImagesResponse, error) {
+	found, err := s.listImages(ctx, r.GetFilter())
 	return &runtimeapi.ListImagesResponse{Images: found}, err
 }
 
 // StreamImages lists images in several messages.
 func (s *Server) StreamImages(r *runtimeapi.StreamImagesRequest, out grpc.ServerStreamingServer[runtimeapi.StreamImagesResponse]) error {
-	found, err := s.listImages(r.GetFilter())
+	found, err := s.listImages(out.Context(), r.GetFilter())
 	if err != nil {
 		return err
 	}
@@ -76,10 +86,10 @@ func (s *Server) StreamImages(r *runtimeapi.StreamImagesRequest, out grpc.Server
 	})
 }
 
-func (s *Server) listImages(f *runtimeapi.ImageFilter) ([]*runtimeapi.Image, error) {
+func (s *Server) listImages(ctx context.Context, f *runtimeapi.ImageFilter) ([]*runtimeapi.Image, error) {
 	var found []image.Image
 	if ref := f.GetImage().GetImage(); ref != "" {
-		img, err := s.images.Get(ref)
+		img, err := s.image(ctx, f.GetImage())
 		switch {
 		case errdefs.IsNotFound(err):
 			return nil, nil
@@ -108,8 +118,8 @@ func criImage(img image.Image) *runtimeapi.Image {
 }
 
 // ImageStatus tells of one image; an absent one is nil and no error.
-func (s *Server) ImageStatus(_ context.Context, r *runtimeapi.ImageStatusRequest) (*runtimeapi.ImageStatusResponse, error) {
-	img, err := s.images.Get(r.GetImage().GetImage())
+func (s *Server) ImageStatus(ctx context.Context, r *runtimeapi.ImageStatusRequest) (*runtimeapi.ImageStatusResponse, error) {
+	img, err := s.image(ctx, r.GetImage())
 	switch {
 	case errdefs.IsNotFound(err):
 		return &runtimeapi.ImageStatusResponse{}, nil
@@ -127,7 +137,11 @@ func (s *Server) ImageStatus(_ context.Context, r *runtimeapi.ImageStatusRequest
 
 // RemoveImage removes an image with all its names; an absent one is removed.
 func (s *Server) RemoveImage(ctx context.Context, r *runtimeapi.RemoveImageRequest) (*runtimeapi.RemoveImageResponse, error) {
-	if err := unlessAbsent(s.images.Remove(ctx, r.GetImage().GetImage())); err != nil {
+	_, platform, err := s.placeOf(r.GetImage())
+	if err != nil {
+		return nil, err
+	}
+	if err := unlessAbsent(s.images.RemoveFor(ctx, r.GetImage().GetImage(), platform)); err != nil {
 		return nil, err
 	}
 	return &runtimeapi.RemoveImageResponse{}, nil

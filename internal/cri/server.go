@@ -71,9 +71,9 @@ type Pods interface {
 // names in any form, IDs, or unambiguous beginnings of IDs.
 type Images interface {
 	Pull(ctx context.Context, req image.PullRequest) (image.Image, error)
-	Get(ref string) (image.Image, error)
+	GetFor(ctx context.Context, ref, snapshotter, platform string) (image.Image, error)
 	List() []image.Image
-	Remove(ctx context.Context, ref string) error
+	RemoveFor(ctx context.Context, ref, platform string) error
 	Usage(ctx context.Context) (image.Usage, error)
 }
 

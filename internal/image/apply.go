@@ -11,9 +11,12 @@ import (
 	"github.com/containerd/containerd/v2/core/diff"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/pkg/archive"
+	"github.com/containerd/log"
 	"github.com/opencontainers/go-digest"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sys/unix"
+
+	"cloister.dev/internal/image/untar"
 )
 
 // applier writes a layer of the content store into a prepared snapshot,
@@ -22,9 +25,8 @@ type applier struct {
 	content content.Provider
 	track   *tracker
 	syncFS  bool
-	dirs    *unnamedDirs
+	dirs    *unnamedDirs // nil: layers are written into mounts
 	keys    layerKeys
-	ahead   bool // decompress in a goroutine of its own
 }
 
 func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts []mount.Mount, _ ...diff.ApplyOpt) (imagespec.Descriptor, error) {
@@ -44,12 +46,8 @@ func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts [
 		return none, fmt.Errorf("decompress layer: %w", err)
 	}
 	defer plain.Close()
-	archived := io.Reader(plain)
-	if a.ahead {
-		r := newReadAhead(plain)
-		defer r.Close() // before plain: it is what reads there
-		archived = r
-	}
+	archived := newReadAhead(plain)
+	defer archived.Close() // before plain: it is what reads there
 	sum := digest.Canonical.Digester()
 	out := &countingReader{r: io.TeeReader(archived, sum.Hash())}
 	if err := a.extract(ctx, mounts, out); err != nil {
@@ -66,11 +64,11 @@ func (a *applier) Apply(ctx context.Context, desc imagespec.Descriptor, mounts [
 	return imagespec.Descriptor{MediaType: imagespec.MediaTypeImageLayer, Size: out.n, Digest: sum.Digest()}, nil
 }
 
-// extract writes an archive into a snapshot. Overlayfs gets it in its upper
-// directory: whiteouts become device nodes there, and nothing need be mounted.
+// extract writes an archive into a snapshot. Overlayfs gets it in the directory
+// of the layer, so that nothing need be mounted.
 func (a *applier) extract(ctx context.Context, mounts []mount.Mount, r io.Reader) error {
-	upper, lower, ok := overlayDirs(mounts)
-	if !ok {
+	dir, lowest, ok := layerDir(mounts)
+	if !ok || a.dirs == nil {
 		return mount.WithTempMount(ctx, mounts, func(root string) error {
 			if _, err := archive.Apply(ctx, root, r); err != nil {
 				return err
@@ -79,17 +77,16 @@ func (a *applier) extract(ctx context.Context, mounts []mount.Mount, r io.Reader
 		})
 	}
 	names := newNames()
-	opts := []archive.ApplyOpt{archive.WithConvertWhiteout(archive.OverlayConvertWhiteout), archive.WithFilter(names.header)}
-	if len(lower) > 0 {
-		opts = append(opts, archive.WithParents(lower))
-	}
-	if _, err := archive.Apply(ctx, upper, r, opts...); err != nil {
+	err := untar.Extract(ctx, dir, r, untar.Options{Lowest: lowest, Entry: names.header, Ignored: func(entry, what string) {
+		log.G(ctx).WithField("entry", entry).WithField("what", what).Warn("part of a layer is ignored")
+	}})
+	if err != nil {
 		return err
 	}
-	if len(lower) == 0 {
-		a.dirs.add(upper, names.unnamed())
+	if !lowest {
+		a.dirs.add(dir, names.unnamed())
 	}
-	return a.sync(upper)
+	return a.sync(dir)
 }
 
 func (a *applier) sync(dir string) error {

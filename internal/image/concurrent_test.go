@@ -147,17 +147,17 @@ func TestGetAmbiguous(t *testing.T) {
 		x.put(Image{ID: fmt.Sprintf("sha256:ab%062d", i)}, false, fmt.Sprintf("sha256:ab%062d", i), fmt.Sprintf("docker.io/library/n%d:latest", i))
 	}
 	x.put(Image{ID: "sha256:" + strings.Repeat("c", 64)}, false, "sha256:"+strings.Repeat("c", 64), "docker.io/library/ab:latest", "docker.io/library/pause:latest")
-	if _, err := x.get("ab0"); !errdefs.IsInvalidArgument(err) {
+	if _, err := x.get("ab0", ""); !errdefs.IsInvalidArgument(err) {
 		t.Errorf("ambiguous ID: %v", err)
 	}
-	if img, err := x.get("ab"); err != nil || !img.Pinned {
+	if img, err := x.get("ab", ""); err != nil || !img.Pinned {
 		t.Errorf("a name that looks like an ID: %+v %v", img, err)
 	}
-	if img, err := x.get("cc"); err != nil || img.ID[7] != 'c' {
+	if img, err := x.get("cc", ""); err != nil || img.ID[7] != 'c' {
 		t.Errorf("short ID: %+v %v", img, err)
 	}
 	for _, ref := range []string{"dd", "sha256:", "sha256:zz", strings.Repeat("a", 10_000), "", "a\nb"} {
-		if _, err := x.get(ref); !errdefs.IsNotFound(err) && !errdefs.IsInvalidArgument(err) {
+		if _, err := x.get(ref, ""); !errdefs.IsNotFound(err) && !errdefs.IsInvalidArgument(err) {
 			t.Errorf("get(%.20q): %v", ref, err)
 		}
 	}
@@ -171,7 +171,7 @@ func BenchmarkGetAmong1000(b *testing.B) {
 	}
 	b.Run("name", func(b *testing.B) {
 		for b.Loop() {
-			if _, err := x.get("n500"); err != nil {
+			if _, err := x.get("n500", ""); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -45,7 +45,7 @@ func TestKilledPull(t *testing.T) {
 	needRoot(t)
 	reg := newRegistry(t)
 	root := t.TempDir()
-	first, second := fileLayer(t, "a", noise(t, 1<<16)), fileLayer(t, "b", noise(t, 4<<20))
+	first, second := fileLayer(t, "a", noise(t, 1<<16)), fileLayer(t, "b", noise(t, 2*smallBlob))
 	ref := reg.push(t, "app", "1", imageOf(t, nil, first, second))
 	isSecond := isLayerGet(second)
 	rc, err := second.Compressed()
@@ -92,7 +92,11 @@ func TestKilledPull(t *testing.T) {
 		}
 	}
 	<-half
-	waitFor(t, "half of the layer on disk", func() bool {
+	waitFor(t, "the first layer and half of the second on disk", func() bool {
+		digest, err := first.Digest()
+		if err != nil || len(glob(root+"/content/blobs/sha256/"+digest.Hex)) == 0 {
+			return false
+		}
 		var n int64
 		for _, dir := range glob(root + "/content/ingest/*/data") {
 			if fi, err := os.Stat(dir); err == nil {

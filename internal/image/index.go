@@ -2,6 +2,7 @@ package image
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -85,7 +86,8 @@ func (x *index) drop(id, name string) {
 func (x *index) derive(e *indexed) {
 	e.image.RepoTags, e.image.RepoDigests = nil, nil
 	e.image.Pinned = e.pinned
-	for name, pinned := range e.names {
+	for record, pinned := range e.names {
+		name := plainName(record)
 		if strings.Contains(name, "@") {
 			e.image.RepoDigests = append(e.image.RepoDigests, name)
 		} else {
@@ -93,8 +95,10 @@ func (x *index) derive(e *indexed) {
 		}
 		e.image.Pinned = e.image.Pinned || pinned || x.pinned[name]
 	}
-	slices.Sort(e.image.RepoTags)
-	slices.Sort(e.image.RepoDigests)
+	for _, list := range []*[]string{&e.image.RepoTags, &e.image.RepoDigests} {
+		slices.Sort(*list)
+		*list = slices.Compact(*list)
+	}
 }
 
 // remove forgets an image and all its names.
@@ -139,8 +143,9 @@ func (x *index) list() []Image {
 }
 
 // get finds an image by ID, by name, or by the unambiguous beginning of its ID,
-// in that order: a name may look like hexadecimal digits.
-func (x *index) get(ref string) (Image, error) {
+// in that order: a name may look like hexadecimal digits. A name is that of the
+// platform's image; for the node's own platform, any other's when it has none.
+func (x *index) get(ref, platform string) (Image, error) {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
 	if e := x.images[ref]; e != nil {
@@ -149,13 +154,13 @@ func (x *index) get(ref string) (Image, error) {
 	if e := x.images["sha256:"+ref]; e != nil {
 		return e.image, nil
 	}
-	if id, ok := x.names[ref]; ok {
-		return x.images[id].image, nil
+	if img, ok := x.named(ref, platform); ok {
+		return img, nil
 	}
 	named, parseErr := parseName(ref)
 	if parseErr == nil {
-		if id, ok := x.names[named.String()]; ok {
-			return x.images[id].image, nil
+		if img, ok := x.named(named.String(), platform); ok {
+			return img, nil
 		}
 	}
 	if img, ok, err := x.byPrefix(strings.TrimPrefix(ref, "sha256:")); ok || err != nil {
@@ -165,6 +170,23 @@ func (x *index) get(ref string) (Image, error) {
 		return Image{}, parseErr
 	}
 	return Image{}, fmt.Errorf("image %s: %w", quoted(ref), errdefs.ErrNotFound)
+}
+
+// named finds the image of a full name. x.mu is held.
+func (x *index) named(name, platform string) (Image, bool) {
+	id, ok := x.names[recordName(name, platform)]
+	if !ok && platform == "" {
+		for _, record := range slices.Sorted(maps.Keys(x.names)) {
+			if plainName(record) == name {
+				id, ok = x.names[record], true
+				break
+			}
+		}
+	}
+	if !ok {
+		return Image{}, false
+	}
+	return x.images[id].image, true
 }
 
 func (x *index) byPrefix(prefix string) (img Image, found bool, err error) {

@@ -92,7 +92,7 @@ func TestOddLayers(t *testing.T) {
 	r := newRegistry(t)
 	s := openStore(t, nil)
 	img := mustPull(t, s, r.push(t, "app", "1", imageOf(t, nil, device)))
-	mounts, err := s.PrepareView(context.Background(), "v", img)
+	mounts, err := s.PrepareView(context.Background(), "v", img, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,8 +210,19 @@ func TestManyLayers(t *testing.T) {
 // TestUserNamespace mounts a root file system with id-mapped layers: files of
 // root in the image belong to the mapped root outside.
 func TestUserNamespace(t *testing.T) {
+	for _, name := range []string{snapshotterOverlay, snapshotterErofs} {
+		t.Run(name, func(t *testing.T) { userNamespace(t, name) })
+	}
+}
+
+func userNamespace(t *testing.T, snapshotter string) {
 	r := newRegistry(t)
-	s := openStore(t, nil)
+	s := openStore(t, func(o *Options) {
+		if snapshotter == snapshotterErofs {
+			needErofs(t, o.Root)
+		}
+		o.Snapshotter = snapshotter
+	})
 	if !s.SupportsIDMapping() {
 		t.Skip("this kernel has no id-mapped mounts")
 	}

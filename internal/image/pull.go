@@ -1,6 +1,7 @@
 package image
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -31,12 +32,20 @@ type puller struct {
 	fetcher remotes.Fetcher
 	parts   remotes.Fetcher // for large layers; nil: none
 	whole   atomic.Bool     // the registry cannot send parts
+	pending *pending
+	docs    []fetched // in the order in which they were read
+}
+
+// fetched is a small document and where it belongs.
+type fetched struct {
+	desc imagespec.Descriptor
+	data []byte
 }
 
 // attempt pulls once, for all who wait for it.
 func (s *Store) attempt(ctx context.Context, name reference.Named, req PullRequest, track *tracker) (_ Image, err error) {
 	start := time.Now()
-	p := &puller{s: s, name: name, req: req, track: track}
+	p := &puller{s: s, name: name, req: req, track: track, pending: newPending(s.content)}
 	if p.session, err = s.newSession(name, req.Auth); err != nil {
 		return Image{}, fmt.Errorf("pull image %s: %w", quoted(name.String()), err)
 	}
@@ -59,58 +68,90 @@ func (s *Store) attempt(ctx context.Context, name reference.Named, req PullReque
 	return img, nil
 }
 
-func (p *puller) run(ctx context.Context) (_ Image, err error) {
-	s := p.s
-	lease, err := s.newLease(ctx, p.name.String())
+func (p *puller) run(ctx context.Context) (Image, error) {
+	c, err := p.find(ctx)
 	if err != nil {
 		return Image{}, err
 	}
-	defer func() {
-		if err != nil {
-			s.abandon(lease, err)
-		}
-	}()
-	ctx = leases.WithLease(ctx, lease.ID)
+	keys, err := p.s.authorise(ctx, c)
+	if err != nil {
+		return Image{}, err
+	}
+	lease, err := p.s.newLease(ctx, p.name.String())
+	if err != nil {
+		return Image{}, err
+	}
+	img, err := p.bring(leases.WithLease(ctx, lease.ID), c, keys, lease)
+	if err != nil {
+		p.s.abandon(lease, err)
+	}
+	return img, err
+}
 
+// find asks the registry what the name stands for. Nothing is stored yet.
+func (p *puller) find(ctx context.Context) (chosen, error) {
 	resolver := p.session.resolver(ctx)
 	_, target, err := resolver.Resolve(ctx, pullRef(p.name))
 	if err != nil {
-		return Image{}, fmt.Errorf("resolve: %w", err)
+		return chosen{}, fmt.Errorf("resolve: %w", err)
 	}
 	if d, ok := p.name.(reference.Digested); ok && d.Digest() != target.Digest {
-		return Image{}, fmt.Errorf("resolve: asked for %s, got %s: %w", d.Digest(), target.Digest, errLied)
+		return chosen{}, fmt.Errorf("resolve: asked for %s, got %s: %w", d.Digest(), target.Digest, errLied)
 	}
 	if p.fetcher, p.parts, err = p.session.fetchers(ctx, resolver, pullRef(p.name)); err != nil {
-		return Image{}, fmt.Errorf("resolve: %w", err)
+		return chosen{}, fmt.Errorf("resolve: %w", err)
 	}
-	c, err := follow(ctx, target, p.req.Platform, p.read)
-	if err != nil {
-		return Image{}, err
-	}
-	keys, err := s.authorise(ctx, c)
-	if err != nil {
-		return Image{}, err
-	}
-	if err := s.label(ctx, c); err != nil {
-		return Image{}, err
-	}
-	p.track.layers(c.layers())
-	if err := s.prove(ctx, c, s.snapshotters[p.req.Snapshotter], p.locked); err != nil {
-		return Image{}, err
-	}
-	if err := s.unpack(ctx, unpacking{c, keys, p.req.Snapshotter, p.blob, p.track, !s.o.DiscardUnpackedLayers, p.name.String()}); err != nil {
-		return Image{}, err
-	}
-	img := c.image(p.req.Platform)
-	return s.record(ctx, p.name, img, p.req.Labels, lease)
+	return follow(ctx, target, p.req.Platform, p.read)
 }
 
-// read fetches a small document and returns it.
+// bring fetches, unpacks and records.
+func (p *puller) bring(ctx context.Context, c chosen, keys layerKeys, lease leases.Lease) (_ Image, err error) {
+	s := p.s
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.pending.wait())
+		}
+	}()
+	for _, d := range p.docs {
+		p.pending.write(ctx, d.desc, bytes.NewReader(d.data), func() {}, func() {})
+	}
+	p.track.layers(c.layers())
+	if err := s.prove(ctx, c, s.snapshotters[p.req.Snapshotter], p.settled); err != nil {
+		return Image{}, err
+	}
+	u := unpacking{c, p.pending, keys, p.req.Snapshotter, p.blob, p.track, !s.o.DiscardUnpackedLayers, p.name.String()}
+	if err := s.unpack(ctx, u); err != nil {
+		return Image{}, err
+	}
+	if err := p.pending.wait(); err != nil {
+		return Image{}, err
+	}
+	return s.record(ctx, p.name, c, p.req, lease)
+}
+
+// read returns a small document, from the content store when it is there.
 func (p *puller) read(ctx context.Context, desc imagespec.Descriptor) ([]byte, error) {
-	if err := p.locked(ctx, desc); err != nil {
+	data, err := content.ReadBlob(ctx, p.s.content, desc)
+	if errdefs.IsNotFound(err) {
+		var b bytes.Buffer
+		if _, err = p.download(ctx, desc, &b); err != nil {
+			err = fmt.Errorf("fetch %s: %w", desc.Digest, err)
+		}
+		data = b.Bytes()
+	}
+	if err != nil {
 		return nil, err
 	}
-	return content.ReadBlob(ctx, p.s.content, desc)
+	p.docs = append(p.docs, fetched{desc, data})
+	return data, nil
+}
+
+// settled is locked for those who read the content store itself.
+func (p *puller) settled(ctx context.Context, desc imagespec.Descriptor) error {
+	if err := p.locked(ctx, desc); err != nil {
+		return err
+	}
+	return p.pending.settle(ctx, desc.Digest)
 }
 
 // locked is blob with the lock that containerd's unpacker holds around it.
@@ -127,6 +168,12 @@ func (p *puller) locked(ctx context.Context, desc imagespec.Descriptor) error {
 // stopped. Bytes that do not give the digest are thrown away, and when some of
 // them were an earlier attempt's, asked for once more.
 func (p *puller) blob(ctx context.Context, desc imagespec.Descriptor) error {
+	if done, err := p.small(ctx, desc); done || err != nil {
+		if done {
+			p.track.fetched(desc)
+		}
+		return err
+	}
 	ref := remotes.MakeRefKey(ctx, desc)
 	for {
 		before, _ := p.s.content.Status(ctx, ref)
@@ -165,26 +212,34 @@ func refusesRange(err error) bool {
 		(status.StatusCode == http.StatusRequestedRangeNotSatisfiable || status.StatusCode == http.StatusBadRequest)
 }
 
-// label makes the documents refer to their children, for garbage collection.
+// label makes the documents refer to their children, for garbage collection. An
+// index gets one label for each platform that was pulled.
 func (s *Store) label(ctx context.Context, c chosen) error {
-	names := images.ChildGCLabels
-	if s.o.DiscardUnpackedLayers {
-		names = images.ChildGCLabelsFilterLayers
-	}
-	return s.update(ctx, func(ctx context.Context) error {
-		for _, p := range c.parents {
-			children := func(context.Context, imagespec.Descriptor) ([]imagespec.Descriptor, error) { return p.children, nil }
-			if _, err := images.SetChildrenMappedLabels(s.content, children, names)(ctx, p.desc); err != nil {
-				return fmt.Errorf("label %s: %w", p.desc.Digest, err)
-			}
+	for _, p := range c.parents {
+		names := images.ChildGCLabels
+		if s.o.DiscardUnpackedLayers {
+			names = images.ChildGCLabelsFilterLayers
 		}
-		return nil
-	})
+		if images.IsIndexType(p.desc.MediaType) {
+			names = func(d imagespec.Descriptor) []string { return []string{indexLabel(d)} }
+		}
+		children := func(context.Context, imagespec.Descriptor) ([]imagespec.Descriptor, error) { return p.children, nil }
+		if _, err := images.SetChildrenMappedLabels(s.content, children, names)(ctx, p.desc); err != nil {
+			return fmt.Errorf("label %s: %w", p.desc.Digest, err)
+		}
+	}
+	return nil
+}
+
+// indexLabel is how an index refers to one of its manifests.
+func indexLabel(d imagespec.Descriptor) string {
+	return "containerd.io/gc.ref.content.m." + d.Digest.Encoded()
 }
 
 // record makes the image known, under its ID and its names, and ends the lease
 // and what an earlier failure kept, in one transaction.
-func (s *Store) record(ctx context.Context, name reference.Named, img Image, extra map[string]string, lease leases.Lease) (Image, error) {
+func (s *Store) record(ctx context.Context, name reference.Named, c chosen, req PullRequest, lease leases.Lease) (Image, error) {
+	img := c.image(req.Platform)
 	names := []string{img.ID, repoDigest(name, img.Target)}
 	if t := repoTag(name); t != "" {
 		names = append(names, t)
@@ -193,16 +248,22 @@ func (s *Store) record(ctx context.Context, name reference.Named, img Image, ext
 	if img.platform != "" {
 		labels[labelPlatform] = img.platform
 	}
-	for k, v := range extra {
+	for k, v := range req.Labels {
 		labels[k] = v
 	}
 	pinned := labels[labelPinned] == labelPinnedYes || slices.ContainsFunc(names, func(n string) bool { return s.index.pinned[n] })
+	for i, n := range names[1:] {
+		names[i+1] = recordName(n, img.platform)
+	}
 	if pinned {
 		labels[labelPinned] = labelPinnedYes
 	}
 	s.records.Lock()
 	defer s.records.Unlock()
 	err := s.update(ctx, func(ctx context.Context) error {
+		if err := s.label(ctx, c); err != nil {
+			return err
+		}
 		for _, n := range names {
 			record := images.Image{Name: n, Target: img.target, Labels: labels}
 			_, err := s.images.Get(ctx, n)

@@ -50,6 +50,21 @@ func repoDigest(n reference.Named, d digest.Digest) string {
 	return n.Name() + "@" + d.String()
 }
 
+// recordName is the name of an image record: a tag may stand for an image on
+// each platform that handlers have. The node's own platform has the plain name.
+func recordName(name, platform string) string {
+	if platform == "" {
+		return name
+	}
+	return name + " " + platform
+}
+
+// plainName is a record's name without the platform.
+func plainName(record string) string {
+	name, _, _ := strings.Cut(record, " ")
+	return name
+}
+
 // isID tells the record of an ID from the records of names.
 func isID(record string) bool {
 	_, err := digest.Parse(record)

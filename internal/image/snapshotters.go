@@ -25,6 +25,7 @@ const (
 	snapshotterOverlay = "overlayfs"
 	snapshotterNative  = "native"
 	snapshotterBtrfs   = "btrfs"
+	snapshotterErofs   = "erofs"
 
 	maxSnapshotMessage = 16 << 20 // as containerd's gRPC servers have it
 	maxLabel           = 4096     // of key and value, containerd's limit
@@ -97,6 +98,8 @@ func (s *Store) openSnapshotter(name string) (snapshots.Snapshotter, error) {
 		sn, err = overlay.NewSnapshotter(root, overlay.AsynchronousRemove, overlay.WithRemapIDs)
 	case snapshotterNative:
 		sn, err = native.NewSnapshotter(root)
+	case snapshotterErofs:
+		sn, err = openErofs(root)
 	case snapshotterBtrfs:
 		if sn, err = openBtrfs(root); err != nil {
 			err = fmt.Errorf("below %s, which has to be a mounted btrfs: %w: %w", root, err, errdefs.ErrFailedPrecondition)
@@ -113,7 +116,7 @@ func (s *Store) openSnapshotter(name string) (snapshots.Snapshotter, error) {
 
 // known lists the snapshotters that can be chosen.
 func (s *Store) known() []string {
-	names := []string{snapshotterOverlay, snapshotterNative, snapshotterBtrfs}
+	names := []string{snapshotterOverlay, snapshotterNative, snapshotterErofs, snapshotterBtrfs}
 	for n := range s.o.ProxySnapshotters {
 		names = append(names, n)
 	}

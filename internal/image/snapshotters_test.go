@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/containerd/v2/contrib/snapshotservice"
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/plugins/snapshots/erofs"
 	"github.com/containerd/containerd/v2/plugins/snapshots/native"
 	"github.com/containerd/errdefs"
 	"google.golang.org/grpc"
@@ -29,6 +30,10 @@ func TestSnapshotters(t *testing.T) {
 		snapshotterBtrfs: func(t *testing.T, o *Options) {
 			o.Snapshotters = []string{snapshotterBtrfs}
 			mountBtrfs(t, filepath.Join(o.Root, "snapshots", snapshotterBtrfs))
+		},
+		snapshotterErofs: func(t *testing.T, o *Options) {
+			needErofs(t, o.Root)
+			o.Snapshotters = []string{snapshotterErofs}
 		},
 		"proxied": func(t *testing.T, o *Options) {
 			sn, err := native.NewSnapshotter(t.TempDir())
@@ -176,6 +181,24 @@ func serveSnapshotter(t *testing.T, sn snapshots.Snapshotter) (address string) {
 	go func() { _ = g.Serve(l) }()
 	t.Cleanup(func() { g.Stop(); _ = sn.Close(); _ = os.RemoveAll(dir) })
 	return address
+}
+
+// needErofs skips where erofs is not, and unmounts layers in the end: they stay
+// mounted when a store is closed.
+func needErofs(t *testing.T, root string) {
+	t.Helper()
+	needProgram(t, "mkfs.erofs")
+	if !erofs.FindErofs() {
+		t.Skip("this kernel has no erofs")
+	}
+	t.Cleanup(func() {
+		dirs, _ := filepath.Glob(filepath.Join(root, "snapshots", snapshotterErofs, "snapshots", "*", "fs"))
+		for _, dir := range dirs {
+			if err := mount.UnmountAll(dir, 0); err != nil {
+				t.Error(err)
+			}
+		}
+	})
 }
 
 // mountBtrfs makes a btrfs in a file and mounts it.

@@ -24,7 +24,10 @@ import (
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay/overlayutils"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
+	"github.com/moby/sys/userns"
 	bolt "go.etcd.io/bbolt"
+
+	"cloister.dev/internal/image/untar"
 )
 
 const (
@@ -62,10 +65,12 @@ type Store struct {
 	arrivals arrivals
 	blobs    keyedLock
 	roots    roots
+	bases    bases
 	usage    usageCache
 	gc       collector
 	reserve  reserve
 	idmap    func() (bool, error)
+	direct   bool // layers are written where overlayfs keeps them
 
 	// ctx ends with Close; it carries the namespace and the logger.
 	ctx    context.Context
@@ -82,6 +87,7 @@ func Open(ctx context.Context, o Options) (_ *Store, err error) {
 	s := &Store{o: withDefaults(o), index: newIndex(o.Pinned)}
 	s.log = s.o.Log
 	s.reserve = reserve{filepath.Join(o.Root, "reserve")}
+	s.direct = untar.Supported() && !userns.RunningInUserNS() // whiteouts are device nodes
 	s.idmap = sync.OnceValues(overlayutils.SupportsIDMappedMounts)
 	s.ctx, s.cancel = context.WithCancel(namespaces.WithNamespace(log.WithLogger(context.Background(), forwardLog(s.log)), namespace))
 	defer func() {
@@ -233,7 +239,35 @@ func (s *Store) loadIndex(ctx context.Context) error {
 
 // Get finds an image by ID, by an unambiguous beginning of its ID, or by name.
 // It answers from memory.
-func (s *Store) Get(refOrID string) (Image, error) { return s.index.get(refOrID) }
+func (s *Store) Get(refOrID string) (Image, error) { return s.index.get(refOrID, "") }
+
+// GetFor is Get for a handler's platform and snapshotter, as a PullRequest has
+// them. An image whose layers are neither there nor can be unpacked there is
+// not found, so that it is pulled again.
+func (s *Store) GetFor(ctx context.Context, refOrID, snapshotter, platform string) (Image, error) {
+	img, err := s.index.get(refOrID, platform)
+	if err != nil || !s.o.DiscardUnpackedLayers || img.ChainID == "" {
+		return img, err
+	}
+	name, sn, err := s.snapshotter(snapshotter)
+	if err != nil {
+		return Image{}, err
+	}
+	ctx = s.within(ctx)
+	if _, err := sn.Stat(ctx, img.ChainID); err == nil || !errdefs.IsNotFound(err) {
+		return img, err
+	}
+	c, err := s.stored(ctx, img.target, img.platform)
+	for _, l := range c.layers() {
+		if err == nil {
+			_, err = s.content.Info(ctx, l.Digest)
+		}
+	}
+	if err != nil {
+		return Image{}, fmt.Errorf("image %s is not unpacked for %s: %w", img.ID, name, err)
+	}
+	return img, nil
+}
 
 // List returns all images, ordered by ID. It answers from memory.
 func (s *Store) List() []Image { return s.index.list() }
@@ -241,9 +275,14 @@ func (s *Store) List() []Image { return s.index.list() }
 // Remove forgets the image that refOrID names, with all its names. Content and
 // snapshots that nothing else uses are freed soon after.
 func (s *Store) Remove(ctx context.Context, refOrID string) error {
+	return s.RemoveFor(ctx, refOrID, "")
+}
+
+// RemoveFor is Remove for a name's image of a platform.
+func (s *Store) RemoveFor(ctx context.Context, refOrID, platform string) error {
 	s.records.Lock()
 	defer s.records.Unlock()
-	img, err := s.index.get(refOrID)
+	img, err := s.index.get(refOrID, platform)
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
@@ -258,7 +297,7 @@ func (s *Store) Remove(ctx context.Context, refOrID string) error {
 					return err
 				}
 			}
-			return nil
+			return s.unlabel(ctx, img)
 		})
 	}
 	if err = remove(); isNoSpace(err) {
@@ -271,5 +310,25 @@ func (s *Store) Remove(ctx context.Context, refOrID string) error {
 	s.index.remove(img.ID)
 	s.gc.kick()
 	s.log.Info("image removed", "image", img.ID, "names", names)
+	return nil
+}
+
+// unlabel lets go of the manifest of an image that is removed, where an index
+// stays that other platforms' images came from.
+func (s *Store) unlabel(ctx context.Context, img Image) error {
+	c, err := s.stored(ctx, img.target, img.platform)
+	if err != nil {
+		return nil //nolint:nilerr // nothing refers to what is not there
+	}
+	for _, p := range c.parents {
+		if !images.IsIndexType(p.desc.MediaType) {
+			continue
+		}
+		label := indexLabel(p.children[0])
+		_, err := s.content.Update(ctx, content.Info{Digest: p.desc.Digest, Labels: map[string]string{label: ""}}, "labels."+label)
+		if err != nil && !errdefs.IsNotFound(err) {
+			return fmt.Errorf("unlabel %s: %w", p.desc.Digest, err)
+		}
+	}
 	return nil
 }

@@ -37,7 +37,7 @@ func newNames() *names {
 	return &names{dirs: make(map[string]bool), parents: make(map[string]bool)}
 }
 
-func (n *names) header(h *tar.Header) (bool, error) {
+func (n *names) header(h *tar.Header) {
 	name := path.Clean("/" + h.Name)
 	if h.Typeflag == tar.TypeDir {
 		n.dirs[name] = true
@@ -45,7 +45,6 @@ func (n *names) header(h *tar.Header) (bool, error) {
 	for dir := path.Dir(name); dir != "/" && !n.parents[dir]; dir = path.Dir(dir) {
 		n.parents[dir] = true
 	}
-	return true, nil
 }
 
 // unnamed are the folders that the archive needs and does not describe, outer
@@ -66,8 +65,10 @@ func (n *names) unnamed() []string {
 // unnamedDirs keeps the unnamed folders of layers, by upper directory, until
 // the layers are committed.
 type unnamedDirs struct {
+	stay  bool // committed layers stay where they were unpacked
 	mu    sync.Mutex
 	upper map[string][]string
+	below map[string][]string // directories of a layer that was committed and of those below it, nearest first
 }
 
 func (u *unnamedDirs) add(upper string, dirs []string) {
@@ -90,13 +91,54 @@ func (u *unnamedDirs) take(upper string) []string {
 	return dirs
 }
 
+// committed remembers where a layer is, when those below it are known.
+func (u *unnamedDirs) committed(name, parent, dir string) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	below, ok := u.below[parent]
+	if parent != "" && !ok || dir == "" || !u.stay {
+		return
+	}
+	if u.below == nil {
+		u.below = make(map[string][]string)
+	}
+	u.below[name] = append([]string{dir}, below...)
+}
+
+func (u *unnamedDirs) known(name string) ([]string, bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	dirs, ok := u.below[name]
+	return dirs, ok
+}
+
 // layering is a snapshotter that layers of an image are committed to. Where
 // they were unpacked without those below them it completes their folders, and
 // it marks those that were decrypted.
 type layering struct {
 	snapshots.Snapshotter
-	dirs      *unnamedDirs
+	dirs      *unnamedDirs    // nil: each layer is unpacked on those below it
 	decrypted map[string]bool // by name
+	lowest    string          // name of the layer with none below it
+}
+
+// Prepare tells the applier, by the kind of mount, whether there will be a
+// layer below.
+func (l layering) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error) {
+	mounts, err := l.Snapshotter.Prepare(ctx, key, parent, opts...)
+	if err != nil || l.dirs == nil || len(mounts) != 1 || mounts[0].Type != "bind" {
+		return mounts, err
+	}
+	var info snapshots.Info
+	for _, o := range opts {
+		if err := o(&info); err != nil {
+			return nil, err
+		}
+	}
+	if info.Labels[snapshots.LabelSnapshotRef] != l.lowest {
+		mounts = []mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{"upperdir=" + mounts[0].Source}}}
+	}
+	return mounts, nil
 }
 
 func (l layering) Commit(ctx context.Context, name, key string, opts ...snapshots.Opt) error {
@@ -106,15 +148,35 @@ func (l layering) Commit(ctx context.Context, name, key string, opts ...snapshot
 			return err
 		}
 	}
-	if info.Parent != "" {
-		if err := l.complete(ctx, key, info.Parent); err != nil {
+	var dir string
+	if l.dirs != nil {
+		var err error
+		if dir, err = l.upper(ctx, key); err != nil {
+			return err
+		}
+		if err := l.complete(ctx, key, info.Parent, dir); err != nil {
 			return fmt.Errorf("folders of layer %s: %w", name, err)
 		}
 	}
 	if l.decrypted[name] {
 		opts = append(slices.Clone(opts), snapshots.WithLabels(map[string]string{labelDecrypted: "1"}))
 	}
-	return l.Snapshotter.Commit(ctx, name, key, opts...)
+	if err := l.Snapshotter.Commit(ctx, name, key, opts...); err != nil {
+		return err
+	}
+	if l.dirs != nil {
+		l.dirs.committed(name, info.Parent, dir)
+	}
+	return nil
+}
+
+// upper is the directory of a layer that was unpacked without those below it.
+func (l layering) upper(ctx context.Context, key string) (string, error) {
+	mounts, err := l.Mounts(ctx, key)
+	if err != nil || len(mounts) != 1 || mounts[0].Type != "bind" {
+		return "", err
+	}
+	return mounts[0].Source, nil
 }
 
 // Remove forgets an unpacked layer. containerd's unpacker does so twice where
@@ -126,27 +188,23 @@ func (l layering) Remove(ctx context.Context, key string) error {
 	return nil
 }
 
-func (l layering) complete(ctx context.Context, key, parent string) (err error) {
-	mounts, err := l.Mounts(ctx, key)
-	if err != nil {
-		return err
-	}
-	if len(mounts) != 1 || mounts[0].Type != "bind" {
+// complete gives the unnamed folders of a layer what the layers below say of them.
+func (l layering) complete(ctx context.Context, key, parent, upper string) (err error) {
+	unnamed := l.dirs.take(upper)
+	if parent == "" || len(unnamed) == 0 {
 		return nil
 	}
-	upper := mounts[0].Source
-	dirs := l.dirs.take(upper)
-	if len(dirs) == 0 {
-		return nil
+	lower, ok := l.dirs.known(parent)
+	if !ok { // it was here before this pull
+		view := key + "-below"
+		below, err := l.View(ctx, view, parent)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, l.Remove(context.WithoutCancel(ctx), view)) }()
+		lower = lowerDirs(below)
 	}
-	view := key + "-below"
-	below, err := l.View(ctx, view, parent)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, l.Remove(context.WithoutCancel(ctx), view)) }()
-	lower := lowerDirs(below)
-	for _, d := range dirs {
+	for _, d := range unnamed {
 		if err := inherit(upper, d, lower); err != nil {
 			return err
 		}
@@ -216,20 +274,22 @@ func copyAttributes(from, to string, at fs.FileInfo) error {
 	return os.Chtimes(to, at.ModTime(), at.ModTime())
 }
 
-// overlayDirs are the directories of an overlay mount that is to be written,
-// the upper layer and those below it, nearest first.
-func overlayDirs(mounts []mount.Mount) (upper string, lower []string, ok bool) {
-	if len(mounts) != 1 || mounts[0].Type != "overlay" {
-		return "", nil, false
+// layerDir is the directory in which overlayfs keeps a layer that is being
+// unpacked. The lowest one is a bind mount; those above it, which do not know
+// yet what is below, come as overlays with an upper directory alone.
+func layerDir(mounts []mount.Mount) (dir string, lowest, ok bool) {
+	if len(mounts) != 1 {
+		return "", false, false
+	}
+	if mounts[0].Type == "bind" {
+		return mounts[0].Source, true, true
 	}
 	for _, o := range mounts[0].Options {
-		if v, found := strings.CutPrefix(o, "upperdir="); found {
-			upper = v
-		} else if v, found := strings.CutPrefix(o, "lowerdir="); found {
-			lower = strings.Split(v, ":")
+		if v, found := strings.CutPrefix(o, "upperdir="); found && mounts[0].Type == "overlay" {
+			return v, false, true
 		}
 	}
-	return upper, lower, upper != ""
+	return "", false, false
 }
 
 // lowerDirs are the directories that a read-only view is made of.

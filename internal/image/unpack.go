@@ -9,13 +9,13 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/unpack"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/platforms"
-	"github.com/moby/sys/userns"
 	imagespec "github.com/opencontainers/image-spec/specs-go/v1"
 	"golang.org/x/sync/semaphore"
 )
@@ -23,6 +23,7 @@ import (
 // unpacking is what unpack has to know.
 type unpacking struct {
 	chosen
+	content     content.Store
 	keys        layerKeys
 	snapshotter string
 	fetch       func(context.Context, imagespec.Descriptor) error // brings a layer into the content store
@@ -64,7 +65,7 @@ func (s *Store) unpack(ctx context.Context, u unpacking) (err error) {
 	if u.all && !s.o.ProxySnapshotters[name].Remote {
 		options = append(options, unpack.WithFetchAllContent())
 	}
-	unpacker, err := unpack.NewUnpacker(ctx, s.content, options...)
+	unpacker, err := unpack.NewUnpacker(ctx, u.content, options...)
 	if err != nil {
 		return fmt.Errorf("unpack: %w", err)
 	}
@@ -93,18 +94,23 @@ func (s *Store) unpack(ctx context.Context, u unpacking) (err error) {
 	return nil
 }
 
-// unpackPlatform says where and how layers are unpacked. Overlayfs lets them
-// be unpacked at the same time and put on one another when they are committed.
+// unpackPlatform says where and how layers are unpacked. Where they are put on
+// one another by an overlay they can be unpacked at the same time.
 func (s *Store) unpackPlatform(name string, sn snapshots.Snapshotter, u unpacking) (p unpack.Platform, parallel bool) {
-	parallel = name == snapshotterOverlay && !userns.RunningInUserNS() // whiteouts are device nodes
-	dirs := new(unnamedDirs)
+	parallel = overlays(name) && s.direct
+	var dirs *unnamedDirs
+	if parallel {
+		dirs = &unnamedDirs{stay: name == snapshotterOverlay}
+	}
+	var lowest string
+	if chains := u.chains(); len(chains) > 0 {
+		lowest = chains[0]
+	}
 	p = unpack.Platform{
 		Platform:       platforms.All, // follow has checked it
 		SnapshotterKey: name,
-		Snapshotter:    layering{sn, dirs, u.decrypted()},
-		Applier: &applier{content: s.content, track: u.track, syncFS: s.o.SyncFS, dirs: dirs, keys: u.keys,
-			// Enough layers at a time keep all cores busy by themselves.
-			ahead: !parallel || int64(len(u.manifest.Layers)) < unpackers()},
+		Snapshotter:    layering{sn, dirs, u.decrypted(), lowest},
+		Applier:        &applier{content: u.content, track: u.track, syncFS: s.o.SyncFS, dirs: dirs, keys: u.keys},
 	}
 	if parallel {
 		p.SnapshotterCapabilities = []string{snapshots.RebaseCap}
@@ -192,5 +198,5 @@ func (s *Store) unpackStored(ctx context.Context, img Image, snapshotter string)
 	if err != nil {
 		return fmt.Errorf("image %s: %w", img.ID, err)
 	}
-	return s.unpack(ctx, unpacking{c, keys, snapshotter, present, newTracker(img.ID), false, ""})
+	return s.unpack(ctx, unpacking{c, s.content, keys, snapshotter, present, newTracker(img.ID), false, ""})
 }

@@ -160,7 +160,7 @@ func (s *Service) makeFiles(ctx context.Context, sb *sandbox, img image.Image, c
 	if in.Volumes, err = s.makeVolumes(sb, c, img, rootfs); err != nil {
 		return in, err
 	}
-	if in.ImageVolumes, err = s.makeImageVolumes(ctx, c); err != nil {
+	if in.ImageVolumes, err = s.makeImageVolumes(ctx, sb, c); err != nil {
 		return in, err
 	}
 	in.Config, err = prepareMounts(c.record().Config)

@@ -101,7 +101,7 @@ func copyUp(rootfs, path, dir string) error {
 
 // makeImageVolumes mounts the images that the container mounts, read-only, and
 // gives the folder for each container path.
-func (s *Service) makeImageVolumes(ctx context.Context, c *container) (map[string]string, error) {
+func (s *Service) makeImageVolumes(ctx context.Context, sb *sandbox, c *container) (map[string]string, error) {
 	volumes := map[string]string{}
 	for i, m := range c.record().Config.Mounts {
 		if m.GetImage().GetImage() == "" {
@@ -111,7 +111,7 @@ func (s *Service) makeImageVolumes(ctx context.Context, c *container) (map[strin
 		if err != nil {
 			return nil, fmt.Errorf("image volume at %s: %w", m.ContainerPath, err)
 		}
-		mounts, err := s.o.Images.PrepareView(ctx, imageVolumeKey(c.record().ID, i), img)
+		mounts, err := s.o.Images.PrepareView(ctx, imageVolumeKey(c.record().ID, i), img, sb.handler.Runtime.Snapshotter)
 		if err != nil {
 			return nil, fmt.Errorf("image volume at %s from %s: %w", m.ContainerPath, m.Image.Image, err)
 		}

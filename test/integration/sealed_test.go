@@ -5,18 +5,13 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
-	"encoding/base64"
-	"encoding/json"
 	"encoding/pem"
 	"fmt"
-	"net"
-	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"google.golang.org/grpc/codes"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -29,14 +24,14 @@ import (
 // containerd has for it; without the key it does not, though it is there.
 func TestEncryptedImage(t *testing.T) {
 	needRoot(t)
-	registry, login := dockerRegistry(t)
+	registry := startDebianRegistry(t, debianOptions{})
 	keys, public := keyFolder(t)
-	ref := registry + "/team/busybox:sealed"
+	ref := registry.address + "/team/busybox:sealed"
 	// An image of its own: who has the plain form of one needs no key.
 	source := push(t, hostileImage(t, func(c *imageConfig) { c.Labels = map[string]string{"sealed": "yes"} }))
 	from := here.registry.Addr + strings.TrimPrefix(source, "test.example")
-	tool(t, []string{"DOCKER_CONFIG=" + filepath.Dir(login)}, "image", "encrypt", from, ref, "--recipient", "jwe:"+public)
-	if out := tool(t, []string{"DOCKER_CONFIG=" + filepath.Dir(login)}, "image", "inspect", ref, "--keys", keys); !strings.Contains(out, "jwe") || !strings.Contains(out, "yes") {
+	tool(t, []string{"DOCKER_CONFIG=" + filepath.Dir(registry.login)}, "image", "encrypt", from, ref, "--recipient", "jwe:"+public)
+	if out := tool(t, []string{"DOCKER_CONFIG=" + filepath.Dir(registry.login)}, "image", "inspect", ref, "--keys", keys); !strings.Contains(out, "jwe") || !strings.Contains(out, "yes") {
 		t.Errorf("inspect says %s", out)
 	}
 	n := own(t, testnode.Options{Extra: fmt.Sprintf(`version = 3
@@ -49,8 +44,8 @@ returns = "application/vnd.oci.image.layer.v1.tar+gzip"
 path = "ctd-decoder"
 args = ["--decryption-keys-path", %q]
 env = ["OCICRYPT_KEYPROVIDER_CONFIG=/nonexistent"]
-`, login, keys)})
-	writeRegistryHosts(t, registry)
+`, registry.login, keys)})
+	writeRegistryHosts(t, registry.address, fmt.Sprintf("server = %q\n", registry.url()))
 	if _, err := pull(t.Context(), n, ref); err != nil {
 		t.Fatal(err)
 	}
@@ -111,71 +106,6 @@ func TestContentRepairAndPrune(t *testing.T) {
 	list, err := n.Image.ListImages(t.Context(), &cri.ListImagesRequest{})
 	if err != nil || len(list.Images) != 1 || !strings.Contains(fmt.Sprint(list.Images[0].RepoTags), "busybox") {
 		t.Errorf("images %v %v", list, err)
-	}
-}
-
-const (
-	registryPassword = "a-password-for-the-test"
-	registryHash     = "$2a$04$24RYVaDh63Kx1QmdPpNe8O/UBgkfcyqZgoVVgXW09i81MNQi.NhtC"
-)
-
-// dockerRegistry runs Debian's registry with one user, and gives its address
-// and a config.json with the user's credentials.
-func dockerRegistry(t *testing.T) (address, login string) {
-	t.Helper()
-	program, err := exec.LookPath("docker-registry")
-	if err != nil {
-		t.Skip("docker-registry is not installed; run test/setup registry")
-	}
-	dir := t.TempDir()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	address = l.Addr().String()
-	l.Close()
-	write := func(name, text string) string {
-		file := filepath.Join(dir, name)
-		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		return file
-	}
-	users := write("users", "me:"+registryHash+"\n")
-	config := write("config.yml", fmt.Sprintf("version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\nstorage: {filesystem: {rootdirectory: %s}}\n"+
-		"http: {addr: %q, secret: test}\nauth: {htpasswd: {realm: r, path: %s}}\n", filepath.Join(dir, "data"), address, users))
-	b, err := json.Marshal(map[string]any{"auths": map[string]any{address: map[string]string{
-		"auth": base64.StdEncoding.EncodeToString([]byte("me:" + registryPassword))}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	login = write("config.json", string(b))
-	cmd := exec.Command(program, "serve", config)
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-	eventually(t, 20*time.Second, "docker-registry answers", func() bool {
-		resp, err := http.Get("http://" + address + "/v2/")
-		if err != nil {
-			return false
-		}
-		resp.Body.Close()
-		return resp.StatusCode == http.StatusUnauthorized
-	})
-	return address, login
-}
-
-// writeRegistryHosts makes the shared registry configuration know another one.
-func writeRegistryHosts(t *testing.T, address string) {
-	t.Helper()
-	dir := filepath.Join(here.hosts, address)
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	if err := os.WriteFile(filepath.Join(dir, "hosts.toml"), fmt.Appendf(nil, "server = \"http://%s\"\n", address), 0o644); err != nil {
-		t.Fatal(err)
 	}
 }
 

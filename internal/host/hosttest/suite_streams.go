@@ -261,7 +261,7 @@ func testTerminal(s *Shim) {
 	if _, err := s.Task.ResizePty(s.ctx(), &taskapi.ResizePtyRequest{ID: "tty", Width: 77, Height: 22}); err != nil {
 		s.t.Error(err)
 	}
-	f.expect(f.out, "size 77x22")
+	f.expect(f.out, "size 77x22\r\n") // a line that is typed earlier would come into it
 	if _, err := f.in.WriteString("a line\n"); err != nil {
 		s.t.Fatal(err)
 	}

@@ -11,8 +11,12 @@ import (
 	"github.com/fsnotify/fsnotify"
 )
 
-// settleTime lets whoever writes files into the folder finish.
-const settleTime = 50 * time.Millisecond
+// settleTime lets whoever writes files into the folder finish, if that ever
+// happens within patience.
+const (
+	settleTime = 50 * time.Millisecond
+	patience   = 500 * time.Millisecond
+)
 
 // Watcher follows one folder.
 type Watcher struct {
@@ -49,6 +53,13 @@ func (w *Watcher) follow() {
 func (w *Watcher) run() {
 	timer := time.NewTimer(0)
 	<-timer.C
+	var first time.Time // of the changes that were not told yet
+	note := func() {
+		if first.IsZero() {
+			first = time.Now()
+		}
+		timer.Reset(min(settleTime, time.Until(first.Add(patience))))
+	}
 	for {
 		select {
 		case e, ok := <-w.fs.Events:
@@ -56,14 +67,15 @@ func (w *Watcher) run() {
 				return
 			}
 			if w.concerns(e.Name) {
-				timer.Reset(settleTime)
+				note()
 			}
 		case _, ok := <-w.fs.Errors:
 			if !ok {
 				return
 			}
-			timer.Reset(settleTime) // events may be lost
+			note() // events may be lost
 		case <-timer.C:
+			first = time.Time{}
 			w.follow()
 			w.changed()
 		}

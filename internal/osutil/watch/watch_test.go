@@ -56,3 +56,30 @@ func TestFolder(t *testing.T) {
 	case <-time.After(3 * settleTime):
 	}
 }
+
+// A folder in which something is written all the time, such as a log beside
+// the configuration, hides no change.
+func TestBusyFolder(t *testing.T) {
+	dir := t.TempDir()
+	told := make(chan struct{}, 1000)
+	w, err := Folder(dir, func() { told <- struct{}{} })
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	tick := time.NewTicker(settleTime / 10)
+	defer tick.Stop()
+	limit := time.After(10 * time.Second)
+	for {
+		select {
+		case <-told:
+			return
+		case <-limit:
+			t.Fatal("nothing was told while a file changed")
+		case <-tick.C:
+			if err := os.WriteFile(filepath.Join(dir, "log"), []byte(time.Now().String()), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
