@@ -157,11 +157,10 @@ func (i *Inventory) check(ctx context.Context, b Backend) bool {
 
 // taken tells that a resource is another backend's already.
 func (i *Inventory) taken(b Backend, resource string) error {
-	_, owner, err := i.lookup(resource)
-	if err != nil || owner.Name() == b.Name() {
-		return nil
+	if _, owner, err := i.lookup(resource); err == nil && owner.Name() != b.Name() {
+		return fmt.Errorf("resource %s is one of backend %s; give it another name: %w", resource, owner.Name(), errdefs.ErrAlreadyExists)
 	}
-	return fmt.Errorf("resource %s is one of backend %s; give it another name: %w", resource, owner.Name(), errdefs.ErrAlreadyExists)
+	return nil
 }
 
 // record lays what was found over what is known.
