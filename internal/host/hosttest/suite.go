@@ -63,9 +63,11 @@ func (s *Shim) sub(f func(*Shim)) func(*testing.T) {
 	return func(t *testing.T) {
 		own := *s
 		own.t = t
+		defer func() { // also of a test that failed, for those who clean up
+			s.client, s.conn, s.keeper = own.client, own.conn, own.keeper
+			s.Task, s.Sandbox, s.Host = own.Task, own.Sandbox, own.Host
+		}()
 		f(&own)
-		s.client, s.conn, s.keeper = own.client, own.conn, own.keeper
-		s.Task, s.Sandbox, s.Host = own.Task, own.Sandbox, own.Host
 	}
 }
 
