@@ -117,7 +117,7 @@ func (s *Shim) Connect() {
 	if s.client != nil {
 		s.client.Close()
 	}
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(2 * time.Millisecond) {
 		c, err := net.Dial("unix", filepath.Join(s.Dir, "shim.sock"))
 		if err == nil {
 			s.conn = c
