@@ -48,7 +48,7 @@ integration: build ## a real daemon, as root: bad input, restarts, streams, exte
 conformance: build ## the public CRI validation suite, offline, against a private daemon
 	test/conformance/run
 
-conformance-vm: build ## the same with pods in virtual machines; takes an hour where KVM does not work
+conformance-vm: build ## the same with pods in virtual machines; a quarter of an hour where KVM does not work
 	@test/setup oci vm
 	RUNTIME_HANDLER=vm test/conformance/run
 

@@ -106,6 +106,6 @@ func machineOptions(m config.MachineOptions) *hostv1.MachineOptions {
 	return &hostv1.MachineOptions{Path: m.Path, Guests: m.Guests, Guest: m.Guest, Kernel: m.Kernel, Initrd: m.Initrd,
 		KernelParams: m.KernelParams, MachineType: m.MachineType, Accel: m.Accel,
 		DefaultVcpus: m.DefaultVCPUs, DefaultMaxvcpus: m.DefaultMaxVCPUs, DefaultMemory: m.DefaultMemory, DefaultMaxmemory: m.DefaultMaxMemory,
-		OverheadMemory: m.OverheadMemory, SharedFs: m.SharedFS, VirtioFsDaemon: m.VirtioFSDaemon, VirtioFsCache: m.VirtioFSCache,
+		OverheadMemory: m.OverheadMemory, SharedFs: m.SharedFS, ImageLayers: m.ImageLayers, VirtioFsDaemon: m.VirtioFSDaemon, VirtioFsCache: m.VirtioFSCache,
 		VirtioFsExtraArgs: m.VirtioFSExtraArgs, EnableAnnotations: m.EnableAnnotations, BootTimeout: m.BootTimeout}
 }

@@ -47,6 +47,8 @@ type MachineOptions struct {
 	OverheadMemory uint32 `toml:"overhead_memory"`
 	// SharedFS is "virtio-fs".
 	SharedFS string `toml:"shared_fs"`
+	// ImageLayers is "virtio-fs" (the default), or "erofs": layers are read-only disks.
+	ImageLayers string `toml:"image_layers"`
 	// VirtioFSDaemon is virtiofsd's program. Empty: looked up.
 	VirtioFSDaemon string `toml:"virtio_fs_daemon"`
 	// VirtioFSCache is "auto", "always" or "never".
@@ -78,6 +80,7 @@ func (h Handler) checkMachine() error {
 		{"machine_type", o.MachineType, []string{"", "microvm", "q35"}},
 		{"accel", o.Accel, []string{"", "kvm", "tcg", "auto"}},
 		{"shared_fs", o.SharedFS, []string{"", "virtio-fs"}},
+		{"image_layers", o.ImageLayers, []string{"", "virtio-fs", "erofs"}},
 		{"virtio_fs_cache", o.VirtioFSCache, []string{"", "auto", "always", "never"}},
 	} {
 		if !slices.Contains(c.allowed, c.value) {

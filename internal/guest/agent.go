@@ -111,7 +111,7 @@ func (a *Agent) Launch(ctx context.Context, r *guestv1.LaunchRequest) (*guestv1.
 		a.mu.Lock()
 		delete(a.tasks, r.Task)
 		a.mu.Unlock()
-		return nil, errors.Join(err, os.RemoveAll(dir))
+		return nil, errors.Join(err, removeTask(dir))
 	}
 	return &guestv1.LaunchResponse{Pid: uint32(p.Pid)}, nil
 }
@@ -120,7 +120,11 @@ func (a *Agent) launch(ctx context.Context, t *task, r *guestv1.LaunchRequest) (
 	if err := os.MkdirAll(t.spec.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(filepath.Join(t.spec.Bundle, "config.json"), r.Config, 0o600); err != nil {
+	config, err := a.adapt(ctx, t.spec.Dir, r)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(t.spec.Bundle, "config.json"), config, 0o600); err != nil {
 		return nil, err
 	}
 	for _, path := range r.Submounts {
@@ -299,7 +303,7 @@ func (a *Agent) Delete(ctx context.Context, r *guestv1.TaskRequest) (*emptypb.Em
 		// What the kernel remembers of the container's files keeps them busy on
 		// the host; that it cannot be forgotten harms nobody.
 		_ = os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0)
-		return os.RemoveAll(t.spec.Dir)
+		return removeTask(t.spec.Dir)
 	})
 	if errdefs.IsNotFound(err) {
 		err = nil

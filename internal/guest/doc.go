@@ -32,5 +32,10 @@ const (
 	PodPIDNamespace = runDir + "/pidns"
 )
 
+// NoTimer is what the agent says on the console, before it ends the machine,
+// when the kernel has no timer to wake anything with: another start may have
+// one. A kernel on a busy host fails to measure it now and then.
+const NoTimer = "the kernel has found no timer that works"
+
 // TaskPIDNamespace is the PID namespace of a running task.
 func TaskPIDNamespace(task string) string { return tasksDir + "/" + task + "/pidns" }

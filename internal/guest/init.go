@@ -49,6 +49,9 @@ func run(version string, log *slog.Logger, level *slog.LevelVar) error {
 	if err := mountKernel(); err != nil {
 		return err
 	}
+	if err := checkTimer(); err != nil {
+		return err
+	}
 	// An unreadable level leaves the default.
 	_ = level.UnmarshalText([]byte(parameter(logParam)))
 	contents, err := readContents()
@@ -189,6 +192,18 @@ func leaveInitialRoot() error {
 		return fmt.Errorf("enter the new root: %w", err)
 	}
 	return unix.Chdir("/")
+}
+
+// checkTimer looks whether a processor has something that wakes it.
+func checkTimer() error {
+	b, err := os.ReadFile("/sys/devices/system/clockevents/clockevent0/current_device")
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // a kernel that does not tell
+	}
+	if err == nil && strings.TrimSpace(string(b)) == "" {
+		err = errors.New(NoTimer)
+	}
+	return err
 }
 
 func readContents() (image.Contents, error) {

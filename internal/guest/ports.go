@@ -22,14 +22,15 @@ import (
 // portsClass is where the kernel lists the ports of all virtio-serial devices.
 const portsClass = "/sys/class/virtio-ports"
 
-// ports finds the machine's ports as they are plugged in.
+// ports finds the machine's ports as they are plugged in, and tells when disks
+// are.
 type ports struct {
 	log     *slog.Logger
 	events  *os.File // the kernel's announcements of devices
 	control chan net.Conn
 
 	mu      sync.Mutex
-	changed chan struct{}   // closed and replaced when a port came or went
+	changed chan struct{}   // closed and replaced when a port or a disk came or went
 	served  map[string]bool // control ports that were given out
 }
 
@@ -54,7 +55,7 @@ func (p *ports) run(ctx context.Context) {
 	for {
 		p.look(ctx)
 		n, err := p.events.Read(buf)
-		for err == nil && !bytes.Contains(buf[:n], []byte("SUBSYSTEM=virtio-ports")) {
+		for err == nil && !bytes.Contains(buf[:n], []byte("SUBSYSTEM=virtio-ports")) && !bytes.Contains(buf[:n], []byte("SUBSYSTEM=block")) {
 			n, err = p.events.Read(buf)
 		}
 		if errors.Is(err, unix.ENOBUFS) {
@@ -99,6 +100,13 @@ func (p *ports) look(ctx context.Context) {
 	}
 }
 
+// awaitChange gives what is closed when a port or a disk has come or gone since.
+func (p *ports) awaitChange() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.changed
+}
+
 // portNames gives the device file of each port by the port's name.
 func portNames() map[string]string {
 	names := map[string]string{}
@@ -115,17 +123,16 @@ func portNames() map[string]string {
 	return names
 }
 
-// portTime bounds the wait for a port that the host says it has plugged in.
-const portTime = 10 * time.Second
+// portTime bounds the wait for a port that the host says it has plugged in. An
+// emulated machine on a busy host takes seconds for a handful of them.
+const portTime = time.Minute
 
 // open waits for a port and opens it.
 func (p *ports) open(ctx context.Context, name string) (*os.File, error) {
 	ctx, cancel := context.WithTimeout(ctx, portTime)
 	defer cancel()
 	for {
-		p.mu.Lock()
-		changed := p.changed
-		p.mu.Unlock()
+		changed := p.awaitChange()
 		if dev := portNames()[name]; dev != "" {
 			return openPort(ctx, dev)
 		}

@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -11,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 
 	"cloister.dev/internal/host/proc"
 )
@@ -26,14 +28,14 @@ type execution struct {
 	pidfd *os.File
 	term  *clientTerminal
 	gone  bool
-	ended chan struct{}
+	ended *event // its exit is known and its output delivered, or it never ran
 }
 
 const execPrefix = "exec-"
 
 func (t *task) newExec(rec execRecord) *execution {
 	return &execution{task: t, path: filepath.Join(t.dir, execPrefix+rec.ID+".json"), rec: rec,
-		op: make(chan struct{}, 1), ended: make(chan struct{})}
+		op: make(chan struct{}, 1), ended: newEvent()}
 }
 
 func (x *execution) keptName() string {
@@ -110,11 +112,18 @@ func (x *execution) start(ctx context.Context) (pid int, err error) {
 	st, err := x.task.host.backend.Exec(ctx, &x.task.rec.Spec, rec.ID, rec.Process, s, x.exited)
 	if err != nil {
 		x.update(func(r *execRecord) { r.Phase = phaseCreated })
+		x.endUnmade()
 		return 0, err
 	}
-	x.adopt(st)
+	if err := x.adopt(st); err != nil {
+		// It shares its PID namespace with others, or would be dead.
+		killed := x.task.host.backend.Signal(context.WithoutCancel(ctx), &x.task.rec.Spec, st.Process, int(unix.SIGKILL), false)
+		if errdefs.IsNotFound(killed) {
+			killed = nil
+		}
+		return 0, errors.Join(err, killed)
+	}
 	if st.Console != nil {
-		x.task.host.store.Put(x.keptName()+"tty", st.Console)
 		if err := x.connect(ctx, st.Console); err != nil {
 			return 0, err
 		}
@@ -129,7 +138,7 @@ func (x *execution) claim() error {
 	defer x.mu.Unlock()
 	switch {
 	case x.gone:
-		return fmt.Errorf("exec %s of task %s was deleted: %w", x.rec.ID, x.task.rec.Spec.ID, errdefs.ErrNotFound)
+		return x.errDeleted()
 	case x.rec.Phase != phaseCreated:
 		return fmt.Errorf("exec %s was started already: %w", x.rec.ID, errdefs.ErrFailedPrecondition)
 	}
@@ -142,14 +151,29 @@ func (x *execution) claim() error {
 	return nil
 }
 
-func (x *execution) adopt(st Started) {
-	x.task.host.store.Put(x.keptName()+"pidfd", st.Pidfd)
+// adopt notes the process that was made, unless the exec went with its task
+// meanwhile.
+func (x *execution) adopt(st Started) error {
 	x.mu.Lock()
-	x.pidfd = st.Pidfd
+	gone := x.gone
+	if !gone {
+		x.task.host.store.Put(x.keptName()+"pidfd", st.Pidfd)
+		x.pidfd = st.Pidfd
+	}
 	x.mu.Unlock()
+	if gone {
+		for _, f := range []*os.File{st.Pidfd, st.Console} {
+			if f != nil {
+				f.Close()
+			}
+		}
+		return x.errDeleted()
+	}
 	x.update(func(r *execRecord) { r.Init, r.Phase = st.Process, phaseStarted })
+	return nil
 }
 
+// connect connects the client with the terminal, which it owns.
 func (x *execution) connect(ctx context.Context, console *os.File) error {
 	term, err := x.rec.IO.startTerminal(ctx, console)
 	if err != nil {
@@ -157,9 +181,18 @@ func (x *execution) connect(ctx context.Context, console *os.File) error {
 		return fmt.Errorf("connect the terminal: %w", err)
 	}
 	x.mu.Lock()
+	defer x.mu.Unlock()
+	if x.gone {
+		go term.close() // it waits for the client
+		return x.errDeleted()
+	}
+	x.task.host.store.Put(x.keptName()+"tty", console)
 	x.term = term
-	x.mu.Unlock()
 	return nil
+}
+
+func (x *execution) errDeleted() error {
+	return fmt.Errorf("exec %s of task %s was deleted: %w", x.rec.ID, x.task.rec.Spec.ID, errdefs.ErrNotFound)
 }
 
 func (x *execution) exited(e proc.Exit) {
@@ -181,7 +214,7 @@ func (x *execution) settle() {
 		defer cancel()
 		term.term.Drain(ctx)
 	}
-	close(x.ended)
+	x.ended.happen()
 }
 
 // delete forgets an exec that has ended or was never started.
@@ -192,7 +225,7 @@ func (x *execution) delete(ctx context.Context) (execRecord, error) {
 	x.mu.Unlock()
 	if rec.Exit != nil {
 		select {
-		case <-x.ended:
+		case <-x.ended.happened():
 		case <-ctx.Done():
 			return rec, ctx.Err()
 		}
@@ -217,11 +250,22 @@ func (x *execution) forget() {
 	term, pidfd := x.term, x.pidfd
 	x.term, x.pidfd = nil, nil
 	x.mu.Unlock()
+	x.endUnmade()
 	term.close()
 	if pidfd != nil {
 		pidfd.Close()
 	}
 	x.task.host.store.Clear(x.keptName())
+}
+
+// endUnmade tells those who wait for a deleted exec that never ran.
+func (x *execution) endUnmade() {
+	x.mu.Lock()
+	never := x.gone && x.rec.Phase == phaseCreated
+	x.mu.Unlock()
+	if never {
+		x.ended.happen()
+	}
 }
 
 // recoverExecs takes up the execs of an earlier life.
@@ -252,7 +296,7 @@ func (x *execution) recover(ctx context.Context, console, pidfd *os.File) {
 	switch {
 	case rec.Exit != nil:
 		x.pidfd = pidfd
-		close(x.ended)
+		x.ended.happen()
 	case rec.Init.Pid != 0:
 		x.pidfd = x.task.host.backend.Watch(&x.task.rec.Spec, rec.Init, pidfd, x.exited)
 	case rec.Phase == phaseStarting:

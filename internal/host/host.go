@@ -23,7 +23,8 @@
 // # Locks
 //
 // Host.mu guards the tables and is never held while anything else is called.
-// The order otherwise: task.op, execution.op, task.mu, execution.mu, taskIO.mu.
+// The order otherwise: task.op, execution.op, task.mu, execution.mu, taskIO.mu;
+// pump.op, taskIO.mu; sandbox.op, sandbox.mu.
 package host
 
 import (

@@ -75,9 +75,7 @@ func (t *taskIO) open(held map[string]*os.File) (err error) {
 		}
 	}()
 	if t.LogPath != "" {
-		if t.log, err = stdio.OpenLog(t.LogPath, filepath.Join(t.dir, "mark"), int(t.MaxLine)); errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
-		} else if err != nil {
+		if err := t.openLog(held != nil); err != nil {
 			return err
 		}
 	}
@@ -97,6 +95,20 @@ func (t *taskIO) open(held map[string]*os.File) (err error) {
 		return t.openStdin(held)
 	}
 	return nil
+}
+
+// openLog opens the log. One that an earlier life wrote may be out of reach for
+// a while, like any log: that is no reason to leave the container alone.
+func (t *taskIO) openLog(takeUp bool) (err error) {
+	open := stdio.OpenLog
+	if takeUp {
+		open = stdio.TakeUpLog
+	}
+	t.log, err = open(t.LogPath, filepath.Join(t.dir, "mark"), int(t.MaxLine))
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: %w", err, errdefs.ErrNotFound)
+	}
+	return err
 }
 
 func (t *taskIO) openFIFO(stream string, flags int, held map[string]*os.File) (*os.File, error) {
@@ -187,8 +199,7 @@ func (s *Streams) close() {
 	}
 }
 
-// discard throws away what a container that did not start left in its pipes,
-// and gives its beginning, for it may say why.
+// discard throws away what a container that did not start left in its pipes.
 func (t *taskIO) discard() {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -212,6 +223,9 @@ func (t *taskIO) discard() {
 func (t *taskIO) run(console *os.File, held map[string]*os.File) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.pipes == nil {
+		return errors.New("the streams could not be opened")
+	}
 	if t.Terminal && held == nil { // it was just started
 		t.fan.KeepEarly("stdout")
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path/filepath"
 
 	"github.com/containerd/errdefs"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -30,14 +29,14 @@ func (s hostService) Inspect(_ context.Context, r *hostv1.InspectRequest) (*host
 		return nil, err
 	}
 	rec := t.record()
-	p, exit, ended := rec.Init, rec.Exit, isClosed(t.ended)
+	p, exit, ended := rec.Init, rec.Exit, t.ended.has()
 	if r.ExecId != "" {
 		x, err := t.exec(r.ExecId)
 		if err != nil {
 			return nil, err
 		}
 		xr := x.record()
-		p, exit, ended = xr.Init, xr.Exit, isClosed(x.ended)
+		p, exit, ended = xr.Init, xr.Exit, x.ended.has()
 	}
 	resp := &hostv1.InspectResponse{Pid: uint32(p.Pid), LogPath: rec.IO.LogPath, OomKilled: rec.OOM && r.ExecId == ""}
 	if exit != nil && ended {
@@ -58,7 +57,7 @@ func (s hostService) io(id string) (*taskIO, error) {
 	case t != nil:
 		return nil, fmt.Errorf("task %q has its client's streams: %w", id, errdefs.ErrFailedPrecondition)
 	case p != nil:
-		return p.io, nil
+		return p.opened()
 	}
 	return nil, fmt.Errorf("task %q: %w", id, errdefs.ErrNotFound)
 }
@@ -77,102 +76,6 @@ func (s hostService) Attach(ctx context.Context, r *hostv1.AttachRequest) (*empt
 		return nil, err
 	}
 	return &emptypb.Empty{}, io.attach(ctx, clientIO{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr})
-}
-
-// pump is the streams of a task that another shim runs.
-type pump struct{ io *taskIO }
-
-func (s hostService) OpenIO(_ context.Context, r *hostv1.OpenIORequest) (*hostv1.OpenIOResponse, error) {
-	if err := checkID("task", r.Id); err != nil {
-		return nil, err
-	}
-	log := r.GetLog()
-	if p := log.GetPath(); p != "" && (!filepath.IsAbs(p) || filepath.Clean(p) != p) {
-		return nil, fmt.Errorf("task %s: log path %q is not a clean absolute path: %w", r.Id, p, errdefs.ErrInvalidArgument)
-	}
-	spec := ioSpec{LogPath: log.GetPath(), MaxLine: log.GetMaxLineBytes(), Stdin: r.Stdin, StdinOnce: r.StdinOnce, Terminal: r.Terminal, External: true}
-	p, err := s.h.openPump(r.Id, spec, nil)
-	if err != nil {
-		return nil, err
-	}
-	resp := &hostv1.OpenIOResponse{Stdout: p.io.fifo("stdout")}
-	if !r.Terminal {
-		resp.Stderr = p.io.fifo("stderr")
-	}
-	if r.Stdin {
-		resp.Stdin = p.io.fifo("stdin")
-	}
-	return resp, nil
-}
-
-func (h *Host) openPump(id string, spec ioSpec, held map[string]*os.File) (*pump, error) {
-	dir := h.pumpDir(id)
-	p := &pump{io: h.newIO(id, dir, spec)}
-	p.io.name = "p/" + id + "/"
-	h.mu.Lock()
-	if old := h.pumps[id]; old != nil {
-		h.mu.Unlock()
-		if old.io.ioSpec == spec {
-			return old, nil // a repeated call
-		}
-		return nil, fmt.Errorf("streams of task %q are open already: %w", id, errdefs.ErrAlreadyExists)
-	}
-	h.pumps[id] = p
-	h.mu.Unlock()
-	p.io.stdinClosed = func() {
-		closed := spec
-		closed.StdinClosed = true
-		if err := save(filepath.Join(dir, "pump.json"), closed); err != nil {
-			h.log.Warn("pump record not written", "task", id, "err", err)
-		}
-	}
-	err := os.MkdirAll(dir, 0o700)
-	if err == nil {
-		err = save(filepath.Join(dir, "pump.json"), spec)
-	}
-	if err == nil {
-		err = p.io.open(held)
-	}
-	if err == nil {
-		err = p.io.run(nil, held)
-	}
-	if err != nil {
-		h.closePump(id)
-		return nil, fmt.Errorf("open the streams of task %s: %w", id, err)
-	}
-	return p, nil
-}
-
-func (h *Host) recoverPump(_ context.Context, id string, held map[string]*os.File) error {
-	var spec ioSpec
-	if err := load(filepath.Join(h.pumpDir(id), "pump.json"), &spec); err != nil {
-		return err
-	}
-	_, err := h.openPump(id, spec, held)
-	return err
-}
-
-func (h *Host) closePump(id string) bool {
-	h.mu.Lock()
-	p := h.pumps[id]
-	delete(h.pumps, id)
-	h.mu.Unlock()
-	if p == nil {
-		return false
-	}
-	p.io.stdinClosed = func() {}
-	p.io.close()
-	if err := os.RemoveAll(h.pumpDir(id)); err != nil {
-		h.log.Warn("folder of a pump not removed", "task", id, "err", err)
-	}
-	return true
-}
-
-func (s hostService) CloseIO(_ context.Context, r *hostv1.CloseIORequest) (*emptypb.Empty, error) {
-	if !s.h.closePump(r.Id) {
-		return nil, fmt.Errorf("streams of task %q: %w", r.Id, errdefs.ErrNotFound)
-	}
-	return &emptypb.Empty{}, nil
 }
 
 // Machines is what a backend has whose sandboxes are virtual machines.

@@ -78,11 +78,34 @@ func (s *sandbox) exited(e proc.Exit) {
 	})
 }
 
+// lock takes op.
+func (s *sandbox) lock(ctx context.Context) (unlock func(), err error) {
+	id := s.record().Spec.ID
+	select {
+	case s.op <- struct{}{}:
+	case <-ctx.Done():
+		return nil, fmt.Errorf("wait for another call on sandbox %s: %w", id, ctx.Err())
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.gone {
+		<-s.op
+		return nil, fmt.Errorf("sandbox %s: %w", id, errdefs.ErrNotFound)
+	}
+	return func() { <-s.op }, nil
+}
+
 func (s *sandbox) start(ctx context.Context) (sandboxRecord, error) {
-	s.op <- struct{}{}
-	defer func() { <-s.op }()
+	unlock, err := s.lock(ctx)
+	if err != nil {
+		return sandboxRecord{}, err
+	}
+	defer unlock()
 	rec := s.record()
-	if rec.Phase == phaseStarted {
+	switch {
+	case rec.Exit != nil: // the caller may have given the start up
+		return rec, fmt.Errorf("sandbox %s was stopped: %w", rec.Spec.ID, errdefs.ErrFailedPrecondition)
+	case rec.Phase == phaseStarted:
 		return rec, fmt.Errorf("sandbox %s was started already: %w", rec.Spec.ID, errdefs.ErrFailedPrecondition)
 	}
 	s.update(func(r *sandboxRecord) { r.Phase = phaseStarting })
@@ -99,9 +122,8 @@ func (s *sandbox) start(ctx context.Context) (sandboxRecord, error) {
 	return s.record(), nil
 }
 
+// stop ends the sandbox's processes; op is held.
 func (s *sandbox) stop(ctx context.Context) error {
-	s.op <- struct{}{}
-	defer func() { <-s.op }()
 	rec := s.record()
 	if err := s.host.backend.StopSandbox(ctx, &rec.Spec, rec.Holder); err != nil {
 		return fmt.Errorf("stop sandbox %s: %w", rec.Spec.ID, err)
@@ -117,7 +139,7 @@ func (s *sandbox) stop(ctx context.Context) error {
 	return nil
 }
 
-func (h *Host) recoverSandbox(_ context.Context, id string, held map[string]*os.File) error {
+func (h *Host) recoverSandbox(ctx context.Context, id string, held map[string]*os.File) error {
 	var rec sandboxRecord
 	err := load(filepath.Join(h.sandboxDir(id), "sandbox.json"), &rec)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -137,6 +159,9 @@ func (h *Host) recoverSandbox(_ context.Context, id string, held map[string]*os.
 		s.pidfd = h.backend.Watch(&TaskSpec{ID: id}, rec.Holder, pidfd, s.exited)
 		h.store.Put(s.keptName(), s.pidfd)
 	case rec.Phase == phaseStarting:
+		if err := h.backend.StopSandbox(ctx, &rec.Spec, rec.Holder); err != nil {
+			return fmt.Errorf("end what a start of sandbox %s left: %w", id, err)
+		}
 		s.update(func(r *sandboxRecord) { r.Phase = phaseCreated })
 	}
 	return nil
@@ -217,6 +242,11 @@ func (s sandboxService) StopSandbox(ctx context.Context, r *sandboxapi.StopSandb
 		ctx, cancel = context.WithTimeout(ctx, time.Duration(r.TimeoutSecs)*time.Second)
 		defer cancel()
 	}
+	unlock, err := sb.lock(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	return &sandboxapi.StopSandboxResponse{}, sb.stop(ctx)
 }
 
@@ -274,26 +304,39 @@ func (s sandboxService) ShutdownSandbox(ctx context.Context, r *sandboxapi.Shutd
 	if errdefs.IsNotFound(err) {
 		return &sandboxapi.ShutdownSandboxResponse{}, nil
 	}
+	unlock, err := sb.lock(ctx)
+	if errdefs.IsNotFound(err) { // another call was quicker
+		return &sandboxapi.ShutdownSandboxResponse{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
 	if err := sb.stop(ctx); err != nil {
 		return nil, err
 	}
-	sb.mu.Lock()
-	sb.gone = true
-	if sb.pidfd != nil {
-		sb.pidfd.Close()
-		sb.pidfd = nil
+	return &sandboxapi.ShutdownSandboxResponse{}, sb.forget()
+}
+
+// forget removes what is left of a stopped sandbox; op is held.
+func (s *sandbox) forget() error {
+	s.mu.Lock()
+	s.gone = true
+	if s.pidfd != nil {
+		s.pidfd.Close()
+		s.pidfd = nil
 	}
-	sb.mu.Unlock()
-	s.h.store.Drop(sb.keptName())
-	s.h.mu.Lock()
-	if s.h.sandboxes[r.SandboxID] == sb {
-		delete(s.h.sandboxes, r.SandboxID)
+	s.mu.Unlock()
+	id := s.rec.Spec.ID
+	s.host.store.Drop(s.keptName())
+	err := os.RemoveAll(s.rec.Spec.Dir)
+	s.host.mu.Lock()
+	delete(s.host.sandboxes, id)
+	s.host.mu.Unlock()
+	if err != nil {
+		return fmt.Errorf("forget sandbox %s: %w", id, err)
 	}
-	s.h.mu.Unlock()
-	if err := os.RemoveAll(sb.rec.Spec.Dir); err != nil {
-		return nil, fmt.Errorf("forget sandbox %s: %w", r.SandboxID, err)
-	}
-	return &sandboxapi.ShutdownSandboxResponse{}, nil
+	return nil
 }
 
 func (s sandboxService) SandboxMetrics(context.Context, *sandboxapi.SandboxMetricsRequest) (*sandboxapi.SandboxMetricsResponse, error) {

@@ -121,11 +121,14 @@ func (s taskService) Wait(ctx context.Context, r *taskapi.WaitRequest) (*taskapi
 		exit = func() *proc.Exit { return x.record().Exit }
 	}
 	select {
-	case <-ended:
+	case <-ended.happened():
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
 	e := exit()
+	if e == nil {
+		return nil, fmt.Errorf("task %s, exec %q: deleted, it never ran: %w", r.ID, r.ExecID, errdefs.ErrNotFound)
+	}
 	return &taskapi.WaitResponse{ExitStatus: uint32(e.Status), ExitedAt: timestamppb.New(e.At)}, nil
 }
 
@@ -138,14 +141,14 @@ func (s taskService) State(_ context.Context, r *taskapi.StateRequest) (*taskapi
 	resp := &taskapi.StateResponse{ID: r.ID, Bundle: rec.Spec.Bundle, ExecID: r.ExecID, Terminal: rec.Spec.Terminal}
 	c := rec.IO.Client
 	p, ph, exit := rec.Init, rec.Phase, rec.Exit
-	settled := isClosed(t.ended)
+	settled := t.ended.has()
 	if r.ExecID != "" {
 		x, err := t.exec(r.ExecID)
 		if err != nil {
 			return nil, err
 		}
 		xr := x.record()
-		p, ph, exit, c, settled = xr.Init, xr.Phase, xr.Exit, &xr.IO, isClosed(x.ended)
+		p, ph, exit, c, settled = xr.Init, xr.Phase, xr.Exit, &xr.IO, x.ended.has()
 		resp.Terminal = xr.IO.Terminal
 	}
 	if c != nil {
@@ -164,15 +167,6 @@ func (s taskService) State(_ context.Context, r *taskapi.StateRequest) (*taskapi
 		resp.Status = tasktypes.Status_CREATED
 	}
 	return resp, nil
-}
-
-func isClosed(c <-chan struct{}) bool {
-	select {
-	case <-c:
-		return true
-	default:
-		return false
-	}
 }
 
 func (s taskService) Kill(ctx context.Context, r *taskapi.KillRequest) (*emptypb.Empty, error) {

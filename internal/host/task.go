@@ -29,13 +29,13 @@ type task struct {
 	pidfd *os.File
 	term  *clientTerminal // with the client's FIFOs and a terminal
 	execs map[string]*execution
-	gone  bool          // deleted
-	ended chan struct{} // closed when the exit is known and its output is in the log
+	gone  bool   // deleted
+	ended *event // the exit is known and its output is in the log, or there was no process
 }
 
 func (h *Host) newTask(rec taskRecord) *task {
 	dir := h.taskDir(rec.Spec.ID)
-	t := &task{host: h, dir: dir, op: make(chan struct{}, 1), rec: rec, execs: map[string]*execution{}, ended: make(chan struct{})}
+	t := &task{host: h, dir: dir, op: make(chan struct{}, 1), rec: rec, execs: map[string]*execution{}, ended: newEvent()}
 	if rec.IO.Client == nil {
 		t.io = h.newIO(rec.Spec.ID, dir, rec.IO)
 		t.io.stdinClosed = func() { t.update(func(r *taskRecord) { r.IO.StdinClosed = true }) }
@@ -231,7 +231,7 @@ func (t *task) settle() {
 		term.term.Drain(ctx)
 	}
 	t.update(func(r *taskRecord) { r.OOM, r.Settled = oom, true })
-	close(t.ended)
+	t.ended.happen()
 	t.host.log.Info("task ended", "task", rec.Spec.ID, "status", rec.Exit.Status, "oom", oom, "unknown", rec.Exit.Unknown)
 }
 
@@ -240,7 +240,7 @@ func (t *task) delete(ctx context.Context) (taskRecord, error) {
 	rec := t.record()
 	if rec.Exit != nil {
 		select {
-		case <-t.ended:
+		case <-t.ended.happened():
 		case <-ctx.Done():
 			return rec, fmt.Errorf("wait for the end of task %s: %w", rec.Spec.ID, ctx.Err())
 		}
@@ -266,7 +266,11 @@ func (t *task) remove(ctx context.Context) error {
 	execs := t.execs
 	t.execs = nil
 	pidfd, term := t.pidfd, t.term
+	never := t.rec.Init.Pid == 0 && t.rec.Exit == nil
 	t.mu.Unlock()
+	if never {
+		t.ended.happen()
+	}
 	for _, x := range execs {
 		x.forget()
 	}
@@ -343,7 +347,7 @@ func (t *task) sealRecovered() {
 	if t.io != nil {
 		t.io.fan.Close()
 	}
-	close(t.ended)
+	t.ended.happen()
 }
 
 func (t *task) reconnect(ctx context.Context, console *os.File, held map[string]*os.File) error {

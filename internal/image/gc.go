@@ -113,6 +113,9 @@ func pause(ctx context.Context, d time.Duration) bool {
 
 func (c *collector) collect(s *Store) time.Duration {
 	start := time.Now()
+	if err := s.collectFolders(s.ctx); err != nil && s.ctx.Err() == nil {
+		s.log.Warn("root file systems not collected", "error", err)
+	}
 	stats, err := s.db.GarbageCollect(s.ctx)
 	if isNoSpace(err) {
 		s.reserve.release()
@@ -156,6 +159,9 @@ func (s *Store) markAll(ctx context.Context) error {
 
 // collectNow is for tests.
 func (s *Store) collectNow(ctx context.Context) error {
+	if err := s.collectFolders(s.within(ctx)); err != nil {
+		return err
+	}
 	_, err := s.db.GarbageCollect(s.within(ctx))
 	return err
 }

@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"time"
 
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -32,6 +31,9 @@ type roots struct {
 type root struct {
 	snapshotter string
 	volatile    bool
+	folder      bool  // its files are in a folder, see folders.go
+	base        *base // of a folder that is whole
+	old         bool  // a folder from before the machine last started
 }
 
 func (r *roots) get(key string) (root, bool) {
@@ -47,10 +49,25 @@ func (r *roots) set(key string, v root) {
 	r.byKey[key] = v
 }
 
-func (r *roots) delete(key string) {
+// delete tells whether it was there.
+func (r *roots) delete(key string) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	_, was := r.byKey[key]
 	delete(r.byKey, key)
+	return was
+}
+
+// folders lists the keys of root file systems that are folders of some kind.
+func (r *roots) folders(kind func(root) bool) (keys []string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for key, v := range r.byKey {
+		if v.folder && kind(v) {
+			keys = append(keys, key)
+		}
+	}
+	return keys
 }
 
 func (s *Store) loadRoots(ctx context.Context) error {
@@ -61,7 +78,7 @@ func (s *Store) loadRoots(ctx context.Context) error {
 		}
 		err := sn.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
 			if i.Labels[labelRootfs] != "" {
-				s.roots.set(i.Name, root{name, i.Labels[labelVolatile] != ""})
+				s.roots.set(i.Name, root{snapshotter: name, volatile: i.Labels[labelVolatile] != ""})
 			}
 			return nil
 		})
@@ -71,7 +88,7 @@ func (s *Store) loadRoots(ctx context.Context) error {
 			return fmt.Errorf("list snapshots of %s: %w", name, err)
 		}
 	}
-	return nil
+	return s.loadFolders(ctx)
 }
 
 // findProxied looks for a root file system in snapshotters that may not have
@@ -83,7 +100,7 @@ func (s *Store) findProxied(ctx context.Context, key string) (root, bool) {
 			continue
 		}
 		if i, err := sn.Stat(s.within(ctx), key); err == nil && i.Labels[labelRootfs] != "" {
-			r := root{name, i.Labels[labelVolatile] != ""}
+			r := root{snapshotter: name, volatile: i.Labels[labelVolatile] != ""}
 			s.roots.set(key, r)
 			return r, true
 		}
@@ -111,7 +128,12 @@ func (s *Store) PrepareRootfs(ctx context.Context, key string, img Image, o Root
 	if volatile {
 		labels[labelVolatile] = "1"
 	}
-	return s.prepare(ctx, key, img, root{name, volatile}, labels, sn.Prepare)
+	if name == snapshotterOverlay && img.ChainID != "" && len(o.UIDs) == 0 && len(o.Labels) == 0 {
+		return s.make(ctx, key, img, func(ctx context.Context) ([]mount.Mount, error) {
+			return s.prepareFolder(ctx, key, img, volatile)
+		})
+	}
+	return s.prepare(ctx, key, img, root{snapshotter: name, volatile: volatile}, labels, sn.Prepare)
 }
 
 // PrepareView makes a read-only view of an image, for an image volume. An empty
@@ -127,7 +149,20 @@ func (s *Store) PrepareView(ctx context.Context, key string, img Image, snapshot
 type prepareFunc func(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]mount.Mount, error)
 
 func (s *Store) prepare(ctx context.Context, key string, img Image, r root, labels map[string]string, do prepareFunc) ([]mount.Mount, error) {
-	if key == "" || len(key) > maxKey || strings.HasPrefix(key, "sha256:") {
+	return s.make(ctx, key, img, func(ctx context.Context) ([]mount.Mount, error) {
+		labels[labelRootfs] = "1"
+		mounts, err := s.snapshotOf(ctx, key, img, r.snapshotter, labels, do)
+		if err != nil {
+			return nil, err
+		}
+		s.roots.set(key, r)
+		return withVolatile(mounts, r.volatile), nil
+	})
+}
+
+// make does what all kinds of root file systems have in common.
+func (s *Store) make(ctx context.Context, key string, img Image, do func(context.Context) ([]mount.Mount, error)) ([]mount.Mount, error) {
+	if key == "" || len(key) > maxKey || strings.HasPrefix(key, "sha256:") || strings.HasPrefix(key, baseName) {
 		return nil, fmt.Errorf("root file system key %s: %w", quoted(key), errdefs.ErrInvalidArgument)
 	}
 	if _, ok := s.roots.get(key); ok {
@@ -137,24 +172,11 @@ func (s *Store) prepare(ctx context.Context, key string, img Image, r root, labe
 	if err := s.mayUse(ctx, img); err != nil {
 		return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
 	}
-	labels[labelRoot] = time.Now().UTC().Format(time.RFC3339)
-	labels[labelRootfs] = "1"
-	opt := snapshots.WithLabels(labels)
-	// Not within a transaction of ours, though it would save a flush: the
-	// collector takes a snapshot whose record is not committed yet for an
-	// orphan, and the snapshotter's lock ends before our commit would.
-	mounts, err := do(ctx, key, img.ChainID, opt)
-	if errdefs.IsNotFound(err) && img.ChainID != "" {
-		if err := s.unpackStored(ctx, img, r.snapshotter); err != nil {
-			return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
-		}
-		mounts, err = do(ctx, key, img.ChainID, opt)
-	}
+	mounts, err := do(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("root file system %s of image %s: %w", quoted(key), img.ID, err)
 	}
-	s.roots.set(key, r)
-	return withVolatile(mounts, r.volatile), nil
+	return mounts, nil
 }
 
 // overlays says whether root file systems of a snapshotter are overlays, which
@@ -214,6 +236,9 @@ func (s *Store) RootfsMounts(ctx context.Context, key string) ([]mount.Mount, er
 	if err != nil {
 		return nil, err
 	}
+	if r.folder {
+		return s.folderMounts(s.within(ctx), key, r)
+	}
 	mounts, err := sn.Mounts(s.within(ctx), key)
 	if err != nil {
 		return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
@@ -235,14 +260,19 @@ func (s *Store) existing(ctx context.Context, key string) (root, snapshots.Snaps
 // RemoveRootfs removes a root file system or view; one that does not exist is
 // fine. The caller has unmounted it. Its disk space is freed soon after.
 func (s *Store) RemoveRootfs(ctx context.Context, key string) error {
-	_, sn, err := s.existing(ctx, key)
+	r, sn, err := s.existing(ctx, key)
 	if errdefs.IsNotFound(err) {
 		return nil
 	}
 	if err != nil {
 		return err
 	}
-	if err := sn.Remove(s.within(ctx), key); err != nil && !errdefs.IsNotFound(err) {
+	if r.folder {
+		err = s.dropFolder(key, r)
+	} else if err = sn.Remove(s.within(ctx), key); errdefs.IsNotFound(err) {
+		err = nil
+	}
+	if err != nil {
 		return fmt.Errorf("remove root file system %s: %w", quoted(key), err)
 	}
 	s.roots.delete(key)

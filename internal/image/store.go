@@ -65,6 +65,7 @@ type Store struct {
 	arrivals arrivals
 	blobs    keyedLock
 	roots    roots
+	bases    bases
 	usage    usageCache
 	gc       collector
 	reserve  reserve

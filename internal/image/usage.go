@@ -106,13 +106,21 @@ func (s *Store) snapshotUsage(ctx context.Context, name string) (FilesystemUsage
 		f.Bytes += uint64(max(u.Size, 0))
 		f.Inodes += uint64(max(u.Inodes, 0))
 	}
+	if name == snapshotterOverlay {
+		bytes, inodes, err := s.foldersUsage(ctx)
+		if err != nil {
+			return f, err
+		}
+		f.Bytes += bytes
+		f.Inodes += inodes
+	}
 	return f, nil
 }
 
 // RootfsUsage says what a container has written to its root file system. It
 // walks the written files at most once in ten seconds.
 func (s *Store) RootfsUsage(ctx context.Context, key string) (bytes, inodes uint64, err error) {
-	_, sn, err := s.existing(ctx, key)
+	r, sn, err := s.existing(ctx, key)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -120,7 +128,12 @@ func (s *Store) RootfsUsage(ctx context.Context, key string) (bytes, inodes uint
 	m, ok := s.usage.roots[key]
 	s.usage.rootMu.Unlock()
 	if !ok || time.Since(m.at) >= usageAge {
-		u, err := sn.Usage(s.within(ctx), key)
+		var u snapshots.Usage
+		if r.folder {
+			u, err = s.folderUsage(ctx, key)
+		} else {
+			u, err = sn.Usage(s.within(ctx), key)
+		}
 		if err != nil {
 			return 0, 0, fmt.Errorf("usage of root file system %s: %w", quoted(key), err)
 		}

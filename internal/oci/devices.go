@@ -21,6 +21,7 @@ import (
 // the node's.
 func (b *builder) setDevices() error {
 	l := b.spec.Linux
+	before := len(l.Resources.Devices)
 	for _, d := range b.in.Config.GetDevices() {
 		if err := b.addDevice(d); err != nil {
 			return err
@@ -29,7 +30,9 @@ func (b *builder) setDevices() error {
 	if !b.sc.GetPrivileged() {
 		return nil
 	}
-	allow := []specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}
+	// The rules of the request stay: by them a runtime with a kernel of its own
+	// tells what was asked for from what a privileged container gets besides.
+	allow := append([]specs.LinuxDeviceCgroup{{Allow: true, Access: "rwm"}}, l.Resources.Devices[before:]...)
 	if b.in.Handler.PrivilegedWithoutHostDevices {
 		if b.in.Handler.PrivilegedAllDevices {
 			l.Resources.Devices = allow

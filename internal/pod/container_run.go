@@ -77,10 +77,12 @@ func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container)
 		return err
 	})
 	if err != nil {
+		c.onShim.Store(true) // where what was made of it could not be removed
 		return errors.Join(fmt.Errorf("start container %q: %w", cfg.Metadata.Name, err), s.noteFailedStart(c, err))
 	}
 	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase, r.Pid, r.StartedAt = running, pid, started }); err != nil {
 		// Nobody would watch a container that runs and counts as created.
+		c.onShim.Store(true)
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), shimTime)
 		defer cancel()
 		return errors.Join(err, c.task(s).Discard(clean))
@@ -176,8 +178,15 @@ func (s *Service) deleteTask(c *container) {
 	ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
 	defer cancel()
 	if err := c.task(s).Delete(ctx); err != nil {
-		s.log.Warn("delete an ended container on its shim", "container", c.get().ID, "err", err)
+		s.keptOnShim(c, err)
 	}
+}
+
+// keptOnShim notes that a container is on its shim still; its removal tries
+// again.
+func (s *Service) keptOnShim(c *container, err error) {
+	c.onShim.Store(true)
+	s.log.Warn("delete an ended container on its shim", "container", c.record().ID, "err", err)
 }
 
 // killTime bounds the wait for a container's end after SIGKILL.
@@ -276,6 +285,12 @@ func (s *Service) RemoveContainer(ctx context.Context, id string) error {
 	case <-c.deleted.passed():
 	case <-ctx.Done():
 		return fmt.Errorf("wait for the shim to let go of container %.13s: %w", c.record().ID, ctx.Err())
+	}
+	if c.onShim.Load() {
+		if err := c.task(s).Discard(ctx); err != nil {
+			return fmt.Errorf("delete container %.13s on its shim: %w", c.record().ID, err)
+		}
+		c.onShim.Store(false)
 	}
 	s.tellRemoval(ctx, c)
 	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase = removing }); err != nil {

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"os"
 	"path/filepath"
 	"sync"
 	"sync/atomic"
@@ -169,7 +168,7 @@ func (s *Service) Exec(ctx context.Context, id string, cmd []string, st Streams,
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	go followSize(ctx, p.exec, resize)
-	go feed(ctx, p.fifos.in, st.In, p.exec)
+	go p.feed(ctx, st.In)
 	exit, err := s.runToEnd(ctx, p, st.Out, st.Err, drainTime)
 	return int32(exit.Status), err
 }
@@ -201,8 +200,7 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 	go func() {
 		defer close(fed)
 		if f.in != nil {
-			_, _ = io.Copy(f.in, st.In) // either side may go away at any time
-			f.in.Close()
+			f.feed(ctx, st.In)
 		}
 	}()
 	if st.Out == nil && st.Err == nil {
@@ -219,14 +217,13 @@ func (s *Service) Attach(ctx context.Context, id string, st Streams, tty bool, r
 
 // feed passes the client's input on; its end closes the process's input. It
 // ends with the client's stream, which the stream server closes.
-func feed(ctx context.Context, to *os.File, from io.Reader, e shim.Exec) {
-	if to == nil {
+func (st *started) feed(ctx context.Context, from io.Reader) {
+	if st.fifos.in == nil {
 		return
 	}
-	_, _ = io.Copy(to, from) // either side may go away at any time
-	to.Close()
+	st.fifos.feed(ctx, from)
 	// With nobody waiting for it, an unanswered call only leaves the input open.
-	_ = e.CloseStdin(ctx)
+	_ = st.exec.CloseStdin(ctx)
 }
 
 func followSize(ctx context.Context, e shim.Exec, resize <-chan Size) {

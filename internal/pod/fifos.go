@@ -11,17 +11,20 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // fifos are the daemon's ends of the streams of an exec or an attach; the
 // process, or the shim, opens the other ends by path.
 type fifos struct {
-	dir     string
-	in      *os.File // nil: not wanted
-	out     *os.File
-	err     *os.File
-	writers []*os.File // keep the outputs from ending before the other side opened them
-	once    sync.Once
+	dir    string
+	in     *os.File // nil: not wanted
+	out    *os.File
+	err    *os.File
+	guards []*os.File // stand for the other side's ends until it has opened them
+	once   sync.Once
 }
 
 func newFifos(dir string, in, out, errs bool) (*fifos, error) {
@@ -41,8 +44,12 @@ func newFifos(dir string, in, out, errs bool) (*fifos, error) {
 
 func (f *fifos) make(in, out, errs bool) (err error) {
 	if in {
-		// Read-write, so that opening does not wait for the reader.
-		if f.in, err = f.open("in", os.O_RDWR); err != nil {
+		guard, err := f.open("in", os.O_RDONLY)
+		if err != nil {
+			return err
+		}
+		f.guards = append(f.guards, guard)
+		if f.in, err = f.otherEnd("in"); err != nil {
 			return err
 		}
 	}
@@ -57,13 +64,22 @@ func (f *fifos) make(in, out, errs bool) (err error) {
 		if *o.end, err = f.open(o.name, os.O_RDONLY); err != nil {
 			return err
 		}
-		w, err := os.OpenFile(f.path(o.name), os.O_WRONLY|syscall.O_NONBLOCK, 0)
+		guard, err := f.otherEnd(o.name)
 		if err != nil {
-			return fmt.Errorf("open a stream: %w", err)
+			return err
 		}
-		f.writers = append(f.writers, w)
+		f.guards = append(f.guards, guard)
 	}
 	return nil
+}
+
+// otherEnd opens the writing end of a stream that has a reader.
+func (f *fifos) otherEnd(name string) (*os.File, error) {
+	w, err := os.OpenFile(f.path(name), os.O_WRONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return nil, fmt.Errorf("open a stream: %w", err)
+	}
+	return w, nil
 }
 
 func (f *fifos) open(name string, mode int) (*os.File, error) {
@@ -96,10 +112,41 @@ func (f *fifos) paths() (in, out, errs string) {
 // opened is called when the other side has opened its ends: from now on the
 // outputs end when it closes them.
 func (f *fifos) opened() {
-	for _, w := range f.writers {
-		w.Close()
+	for _, g := range f.guards {
+		g.Close()
 	}
-	f.writers = nil
+	f.guards = nil
+}
+
+// feed passes the client's input on until it ends or the other side takes no
+// more. containerd's shim opens its end some time after it has said that the
+// process runs; a stream that is closed before that takes its content with it.
+func (f *fifos) feed(ctx context.Context, from io.Reader) {
+	defer f.in.Close()
+	for !hasReader(f.in) {
+		// There is no event for "a reader has opened".
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+	_, _ = io.Copy(f.in, from) // either side may go away at any time
+}
+
+// hasReader tells whether anybody has the reading end of w open.
+func hasReader(w *os.File) bool {
+	raw, err := w.SyscallConn()
+	if err != nil {
+		return true // it is closed, as the first write will tell
+	}
+	there := true
+	_ = raw.Control(func(fd uintptr) { // it fails for a closed file only
+		p := []unix.PollFd{{Fd: int32(fd)}}
+		n, err := unix.Poll(p, 0)
+		there = err != nil || n == 0 || p[0].Revents&unix.POLLERR == 0
+	})
+	return there
 }
 
 func (f *fifos) close() {

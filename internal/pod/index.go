@@ -70,8 +70,9 @@ type container struct {
 
 	announced bool // plugins may know of it; guarded by op
 
-	ended   *milestone // it has exited
-	deleted *milestone // after its exit, the shim has forgotten it
+	ended   *milestone  // it has exited
+	deleted *milestone  // after its exit, the shim has forgotten it, or was asked to
+	onShim  atomic.Bool // it was asked, and may know it still
 }
 
 // record gives the record as it was last stored; it does not change.

@@ -33,6 +33,9 @@ func (s *Service) recover() error {
 	for _, rec := range sandboxes {
 		s.recoverSandbox(rec)
 	}
+	if err := s.dropForgotten(lost); err != nil {
+		return err
+	}
 	byPod := map[string][]*container{}
 	for _, rec := range containers {
 		c := s.recoverRecord(rec)
@@ -55,6 +58,33 @@ func (s *Service) recover() error {
 		for _, c := range orphans {
 			s.recoverOrphan(c, lost[id])
 		}
+	}
+	return nil
+}
+
+// dropForgotten removes root file systems that came back with a power cut after
+// their containers had been removed.
+func (s *Service) dropForgotten(lost map[string]bool) error {
+	if s.o.Images == nil {
+		return nil
+	}
+	former := s.o.Images.FormerRootfs()
+	if len(former) == 0 {
+		return nil
+	}
+	known, err := s.knownIDs()
+	if err != nil {
+		return err
+	}
+	for _, key := range former {
+		owner := snapshotOwner(key)
+		if owner == "" || known[owner] || lost[owner] {
+			continue
+		}
+		if err := s.o.Images.RemoveRootfs(s.ctx, key); err != nil {
+			return err
+		}
+		s.log.Info("root file system of a removed container came back with the machine's end, removed again", "container", owner)
 	}
 	return nil
 }
@@ -238,7 +268,7 @@ func (s *Service) recoverContainer(ctx context.Context, c *container) error {
 	case removing, exited:
 		// What a failed start left may run still.
 		if err := c.task(s).Discard(ctx); err != nil {
-			s.log.Warn("delete an ended container on its shim", "container", c.record().ID, "err", err)
+			s.keptOnShim(c, err)
 		}
 		c.deleted.pass()
 		if c.phase() == exited {

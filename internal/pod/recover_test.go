@@ -12,6 +12,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"cloister.dev/internal/image"
 )
 
 // restart ends the daemon and starts its successor on the same machine.
@@ -248,5 +250,41 @@ func TestStreamsThatCannotBeMade(t *testing.T) {
 	removed := filepath.Join(t.TempDir(), "bundle")
 	if f, err := newFifos(filepath.Join(removed, "exec", "1"), true, true, true); !os.IsNotExist(errors.Unwrap(err)) || f != nil {
 		t.Errorf("in a removed bundle: %v, %v", f, err)
+	}
+}
+
+// A power cut brings back the files of containers that were removed shortly
+// before; those of containers that have a record stay.
+func TestForgottenFilesGo(t *testing.T) {
+	m := newMachine(t, Options{})
+	kept := m.container(t, m.sandbox(t, "")).rec.ID
+	left := map[string]bool{newID(): false, kept: true}
+	for id := range left {
+		dir := filepath.Join(m.o.Root, "images", "rootfs", "r-"+id)
+		if err := os.MkdirAll(filepath.Join(dir, "fs"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, "about.json"), []byte(`{"base":"gone","boot":"another"}`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	images := m.o.Images
+	if err := images.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var err error
+	if m.o.Images, err = image.Open(t.Context(), image.Options{Root: filepath.Join(m.o.Root, "images"), Log: m.o.Log}); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.o.Images.Close() })
+	m.restart(t)
+	keys, err := m.o.Images.Rootfs(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for id, stays := range left {
+		if slices.Contains(keys, id) != stays {
+			t.Errorf("the files of %s are there: %v", id, !stays)
+		}
 	}
 }

@@ -19,7 +19,7 @@ type Exec struct {
 	ExecID string
 }
 
-// prepareTime bounds the call that tells a shim of an exec to come.
+// prepareTime bounds the call that tells a shim of an exec or a sandbox to come.
 const prepareTime = 10 * time.Second
 
 // Exec names a process of the container; it asks the shim nothing.

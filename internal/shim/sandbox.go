@@ -90,7 +90,10 @@ func (r SandboxRequest) start(ctx context.Context, d *dialer, options proto.Mess
 		}
 	}
 	err = d.call(ctx, false, func(ctx context.Context, c *conn) error {
-		if _, err := c.sandbox.CreateSandbox(ctx, create); err != nil {
+		// Not to be cut off: the clean-up that follows could overtake it.
+		prepare, cancel := context.WithTimeout(context.WithoutCancel(ctx), prepareTime)
+		defer cancel()
+		if _, err := c.sandbox.CreateSandbox(prepare, create); err != nil {
 			return err
 		}
 		resp, err := c.sandbox.StartSandbox(ctx, &sandboxapi.StartSandboxRequest{SandboxID: r.ID})

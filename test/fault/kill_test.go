@@ -22,7 +22,11 @@ import (
 // then.
 func TestKill(t *testing.T) {
 	n := node(t, "cni")
-	kills, count := number(t, "KILLS", 20), number(t, "PODS", 20)
+	writers := 20
+	if os.Getenv("HANDLER") == "vm" {
+		writers = 4 // each is a processor to emulate
+	}
+	kills, count := number(t, "KILLS", 20), number(t, "PODS", writers)
 	pods := make([]pod, count)
 	each(t, count, 4, func(i int) (err error) {
 		pods[i], err = runPod(t.Context(), n, fmt.Sprintf("writer-%d", i), "-lines", "-n", "0", "-rate", "200", "-exit", strconv.Itoa(i+1))

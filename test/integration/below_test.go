@@ -175,6 +175,33 @@ func TestFailingOCIRuntime(t *testing.T) {
 	check()
 }
 
+// A runtime that cannot delete a container for a while keeps it from being
+// removed until it can, and nothing stays.
+func TestOCIRuntimeThatCannotDelete(t *testing.T) {
+	s, n := staged(t)
+	witness(t, n)
+	p := runHandlerPod(t, n, "stage")
+	check := noLeak(t, n)
+	tasks := filepath.Join(n.State(), "shim", "container", "tasks")
+	before := entries(tasks)
+	s.mode("fail-del")
+	c := p.sh("exit 3")
+	if st := c.ended(); st.ExitCode != 3 {
+		t.Errorf("a container that exits with 3 is %v", st)
+	}
+	_, err := n.Runtime.RemoveContainer(t.Context(), &cri.RemoveContainerRequest{ContainerId: c.id})
+	wantOneOf(t, err, []codes.Code{codes.Internal, codes.Unavailable, codes.Unknown, codes.FailedPrecondition}, "oci delete", c.id[:13])
+	s.mode("pass")
+	c.remove()
+	if now := entries(tasks); now != before {
+		t.Errorf("the shim has %d tasks, it had %d", now, before)
+	}
+	check()
+	if found := fsck(t, n); found != "" {
+		t.Errorf("fsck finds %s", found)
+	}
+}
+
 func TestHangingOCIRuntime(t *testing.T) {
 	s, n := staged(t)
 	witness(t, n)

@@ -91,13 +91,13 @@ func play(role string) int {
 	fmt.Fprintln(f, command)
 	f.Close()
 	creating := command == "ADD" || command == "create" || command == "run"
-	for creating || command == "DEL" {
+	for creating || command == "DEL" || command == "delete" {
 		mode, err := os.ReadFile(filepath.Join(dir, "mode"))
 		if err != nil {
 			return 1
 		}
 		switch m := string(mode); {
-		case m == "hang", m == "hold" && creating, m == "hold-del" && command == "DEL":
+		case m == "hang" && command != "delete", m == "hold" && creating, m == "hold-del" && command == "DEL":
 			time.Sleep(5 * time.Millisecond)
 			continue
 		case m == "rubbish" && creating:
@@ -107,7 +107,7 @@ func play(role string) int {
 				return 1
 			}
 			return 0
-		case m == "fail" && creating, m == "fail-del" && command == "DEL":
+		case m == "fail" && creating, m == "fail-del" && (command == "DEL" || command == "delete"):
 			fmt.Println(`{"cniVersion":"1.0.0","code":100,"msg":"no more widgets","details":"widget pool is empty"}`)
 			return 1
 		case m == "crash" && creating:

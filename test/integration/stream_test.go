@@ -328,7 +328,7 @@ func portForward(t *testing.T, p *pod) {
 
 // healthy asks a demo program that serves HTTP at the address.
 func healthy(address string) error {
-	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 10 * time.Second}
+	client := http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 30 * time.Second}
 	resp, err := client.Get("http://" + address + "/healthz")
 	if err != nil {
 		return err

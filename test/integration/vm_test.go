@@ -228,12 +228,13 @@ func TestMachineDoesNotComeUp(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, test := range map[string]struct{ options, words []string }{
-		"no such kernel":         {[]string{`kernel = "/no/such/kernel"`, `initrd = "/no/such/initrd"`}, []string{"/no/such/"}},
-		"no such guest":          {[]string{`guest = "nobody"`}, []string{"nobody", "cloister guest build"}},
-		"a guest that panics":    {[]string{kernel, fmt.Sprintf("initrd = %q", empty)}, []string{"console", "Unable to mount root"}},
-		"a guest that is silent": {[]string{"boot_timeout = 1", `kernel_params = "rdinit=/bare"`}, []string{"boot_timeout"}},
-		"no QEMU":                {[]string{`path = "qemu-of-nobody"`}, []string{"qemu-of-nobody", "install"}},
-		"no virtiofsd":           {[]string{`virtio_fs_daemon = "/no/virtiofsd"`}, []string{"/no/virtiofsd", "install"}},
+		"no such kernel":           {[]string{`kernel = "/no/such/kernel"`, `initrd = "/no/such/initrd"`}, []string{"/no/such/"}},
+		"no such guest":            {[]string{`guest = "nobody"`}, []string{"nobody", "cloister guest build"}},
+		"a guest that panics":      {[]string{kernel, fmt.Sprintf("initrd = %q", empty)}, []string{"console", "Unable to mount root"}},
+		"a guest that is silent":   {[]string{"boot_timeout = 1", `kernel_params = "rdinit=/bare"`}, []string{"boot_timeout"}},
+		"a kernel without a timer": {[]string{`kernel_params = "nolapic_timer"`}, []string{"no timer", "busy"}},
+		"no QEMU":                  {[]string{`path = "qemu-of-nobody"`}, []string{"qemu-of-nobody", "install"}},
+		"no virtiofsd":             {[]string{`virtio_fs_daemon = "/no/virtiofsd"`}, []string{"/no/virtiofsd", "install"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n, err := testnode.Start(t.Context(), testnode.Options{Bin: here.bin, Hosts: here.hosts, Guests: guests, GuestOptions: test.options})

@@ -360,7 +360,13 @@ type LaunchRequest struct {
 	// Mounts beneath those that the configuration binds. The guest has to look
 	// at them before, or they would be mounted later as the bind mount is, which
 	// may be read-only.
-	Submounts     []string `protobuf:"bytes,5,rep,name=submounts,proto3" json:"submounts,omitempty"`
+	Submounts []string `protobuf:"bytes,5,rep,name=submounts,proto3" json:"submounts,omitempty"`
+	// Which disks are devices of the configuration: their numbers are this
+	// machine's to know.
+	Disks []*Disk `protobuf:"bytes,6,rep,name=disks,proto3" json:"disks,omitempty"`
+	// The root file system, when it is put together in the machine; otherwise
+	// the configuration names it.
+	Rootfs        *Rootfs `protobuf:"bytes,7,opt,name=rootfs,proto3" json:"rootfs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -430,6 +436,134 @@ func (x *LaunchRequest) GetSubmounts() []string {
 	return nil
 }
 
+func (x *LaunchRequest) GetDisks() []*Disk {
+	if x != nil {
+		return x.Disks
+	}
+	return nil
+}
+
+func (x *LaunchRequest) GetRootfs() *Rootfs {
+	if x != nil {
+		return x.Rootfs
+	}
+	return nil
+}
+
+// Rootfs is an overlay.
+type Rootfs struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Layers []string               `protobuf:"bytes,1,rep,name=layers,proto3" json:"layers,omitempty"` // IDs of disks with EROFS on them, the uppermost first
+	// A folder that the host shares, with "upper" and "work" for what is written.
+	Writable      string `protobuf:"bytes,2,opt,name=writable,proto3" json:"writable,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Rootfs) Reset() {
+	*x = Rootfs{}
+	mi := &file_guest_v1_guest_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Rootfs) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Rootfs) ProtoMessage() {}
+
+func (x *Rootfs) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_v1_guest_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Rootfs.ProtoReflect.Descriptor instead.
+func (*Rootfs) Descriptor() ([]byte, []int) {
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Rootfs) GetLayers() []string {
+	if x != nil {
+		return x.Layers
+	}
+	return nil
+}
+
+func (x *Rootfs) GetWritable() string {
+	if x != nil {
+		return x.Writable
+	}
+	return ""
+}
+
+type Disk struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`         // its serial number
+	Path          string                 `protobuf:"bytes,2,opt,name=path,proto3" json:"path,omitempty"`     // of the device in the configuration
+	Access        string                 `protobuf:"bytes,3,opt,name=access,proto3" json:"access,omitempty"` // of the container: r, w, m
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Disk) Reset() {
+	*x = Disk{}
+	mi := &file_guest_v1_guest_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Disk) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Disk) ProtoMessage() {}
+
+func (x *Disk) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_v1_guest_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Disk.ProtoReflect.Descriptor instead.
+func (*Disk) Descriptor() ([]byte, []int) {
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{7}
+}
+
+func (x *Disk) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *Disk) GetPath() string {
+	if x != nil {
+		return x.Path
+	}
+	return ""
+}
+
+func (x *Disk) GetAccess() string {
+	if x != nil {
+		return x.Access
+	}
+	return ""
+}
+
 type LaunchResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Pid           uint32                 `protobuf:"varint,1,opt,name=pid,proto3" json:"pid,omitempty"`
@@ -439,7 +573,7 @@ type LaunchResponse struct {
 
 func (x *LaunchResponse) Reset() {
 	*x = LaunchResponse{}
-	mi := &file_guest_v1_guest_proto_msgTypes[6]
+	mi := &file_guest_v1_guest_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -451,7 +585,7 @@ func (x *LaunchResponse) String() string {
 func (*LaunchResponse) ProtoMessage() {}
 
 func (x *LaunchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[6]
+	mi := &file_guest_v1_guest_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -464,7 +598,7 @@ func (x *LaunchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LaunchResponse.ProtoReflect.Descriptor instead.
 func (*LaunchResponse) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{6}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *LaunchResponse) GetPid() uint32 {
@@ -472,6 +606,50 @@ func (x *LaunchResponse) GetPid() uint32 {
 		return x.Pid
 	}
 	return 0
+}
+
+type ReleaseDiskRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReleaseDiskRequest) Reset() {
+	*x = ReleaseDiskRequest{}
+	mi := &file_guest_v1_guest_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReleaseDiskRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReleaseDiskRequest) ProtoMessage() {}
+
+func (x *ReleaseDiskRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_guest_v1_guest_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReleaseDiskRequest.ProtoReflect.Descriptor instead.
+func (*ReleaseDiskRequest) Descriptor() ([]byte, []int) {
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ReleaseDiskRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
 }
 
 type ExecRequest struct {
@@ -486,7 +664,7 @@ type ExecRequest struct {
 
 func (x *ExecRequest) Reset() {
 	*x = ExecRequest{}
-	mi := &file_guest_v1_guest_proto_msgTypes[7]
+	mi := &file_guest_v1_guest_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -498,7 +676,7 @@ func (x *ExecRequest) String() string {
 func (*ExecRequest) ProtoMessage() {}
 
 func (x *ExecRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[7]
+	mi := &file_guest_v1_guest_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -511,7 +689,7 @@ func (x *ExecRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExecRequest.ProtoReflect.Descriptor instead.
 func (*ExecRequest) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{7}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ExecRequest) GetTask() string {
@@ -552,7 +730,7 @@ type ProcessRequest struct {
 
 func (x *ProcessRequest) Reset() {
 	*x = ProcessRequest{}
-	mi := &file_guest_v1_guest_proto_msgTypes[8]
+	mi := &file_guest_v1_guest_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -564,7 +742,7 @@ func (x *ProcessRequest) String() string {
 func (*ProcessRequest) ProtoMessage() {}
 
 func (x *ProcessRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[8]
+	mi := &file_guest_v1_guest_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -577,7 +755,7 @@ func (x *ProcessRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProcessRequest.ProtoReflect.Descriptor instead.
 func (*ProcessRequest) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{8}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ProcessRequest) GetTask() string {
@@ -605,7 +783,7 @@ type WaitResponse struct {
 
 func (x *WaitResponse) Reset() {
 	*x = WaitResponse{}
-	mi := &file_guest_v1_guest_proto_msgTypes[9]
+	mi := &file_guest_v1_guest_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -617,7 +795,7 @@ func (x *WaitResponse) String() string {
 func (*WaitResponse) ProtoMessage() {}
 
 func (x *WaitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[9]
+	mi := &file_guest_v1_guest_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -630,7 +808,7 @@ func (x *WaitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WaitResponse.ProtoReflect.Descriptor instead.
 func (*WaitResponse) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{9}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *WaitResponse) GetStatus() int32 {
@@ -663,7 +841,7 @@ type SettleResponse struct {
 
 func (x *SettleResponse) Reset() {
 	*x = SettleResponse{}
-	mi := &file_guest_v1_guest_proto_msgTypes[10]
+	mi := &file_guest_v1_guest_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -675,7 +853,7 @@ func (x *SettleResponse) String() string {
 func (*SettleResponse) ProtoMessage() {}
 
 func (x *SettleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[10]
+	mi := &file_guest_v1_guest_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -688,7 +866,7 @@ func (x *SettleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SettleResponse.ProtoReflect.Descriptor instead.
 func (*SettleResponse) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{10}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SettleResponse) GetOom() bool {
@@ -710,7 +888,7 @@ type SignalRequest struct {
 
 func (x *SignalRequest) Reset() {
 	*x = SignalRequest{}
-	mi := &file_guest_v1_guest_proto_msgTypes[11]
+	mi := &file_guest_v1_guest_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -722,7 +900,7 @@ func (x *SignalRequest) String() string {
 func (*SignalRequest) ProtoMessage() {}
 
 func (x *SignalRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[11]
+	mi := &file_guest_v1_guest_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -735,7 +913,7 @@ func (x *SignalRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SignalRequest.ProtoReflect.Descriptor instead.
 func (*SignalRequest) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{11}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SignalRequest) GetTask() string {
@@ -776,7 +954,7 @@ type UpdateRequest struct {
 
 func (x *UpdateRequest) Reset() {
 	*x = UpdateRequest{}
-	mi := &file_guest_v1_guest_proto_msgTypes[12]
+	mi := &file_guest_v1_guest_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -788,7 +966,7 @@ func (x *UpdateRequest) String() string {
 func (*UpdateRequest) ProtoMessage() {}
 
 func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[12]
+	mi := &file_guest_v1_guest_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -801,7 +979,7 @@ func (x *UpdateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use UpdateRequest.ProtoReflect.Descriptor instead.
 func (*UpdateRequest) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{12}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *UpdateRequest) GetTask() string {
@@ -827,7 +1005,7 @@ type PidsResponse struct {
 
 func (x *PidsResponse) Reset() {
 	*x = PidsResponse{}
-	mi := &file_guest_v1_guest_proto_msgTypes[13]
+	mi := &file_guest_v1_guest_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -839,7 +1017,7 @@ func (x *PidsResponse) String() string {
 func (*PidsResponse) ProtoMessage() {}
 
 func (x *PidsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[13]
+	mi := &file_guest_v1_guest_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -852,7 +1030,7 @@ func (x *PidsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PidsResponse.ProtoReflect.Descriptor instead.
 func (*PidsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{13}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *PidsResponse) GetPids() []uint32 {
@@ -874,7 +1052,7 @@ type ResizeRequest struct {
 
 func (x *ResizeRequest) Reset() {
 	*x = ResizeRequest{}
-	mi := &file_guest_v1_guest_proto_msgTypes[14]
+	mi := &file_guest_v1_guest_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -886,7 +1064,7 @@ func (x *ResizeRequest) String() string {
 func (*ResizeRequest) ProtoMessage() {}
 
 func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[14]
+	mi := &file_guest_v1_guest_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -899,7 +1077,7 @@ func (x *ResizeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResizeRequest.ProtoReflect.Descriptor instead.
 func (*ResizeRequest) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{14}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ResizeRequest) GetTask() string {
@@ -940,7 +1118,7 @@ type DialRequest struct {
 
 func (x *DialRequest) Reset() {
 	*x = DialRequest{}
-	mi := &file_guest_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_v1_guest_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -952,7 +1130,7 @@ func (x *DialRequest) String() string {
 func (*DialRequest) ProtoMessage() {}
 
 func (x *DialRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[15]
+	mi := &file_guest_v1_guest_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -965,7 +1143,7 @@ func (x *DialRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DialRequest.ProtoReflect.Descriptor instead.
 func (*DialRequest) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{15}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *DialRequest) GetPortName() string {
@@ -991,7 +1169,7 @@ type RunRequest struct {
 
 func (x *RunRequest) Reset() {
 	*x = RunRequest{}
-	mi := &file_guest_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_v1_guest_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1003,7 +1181,7 @@ func (x *RunRequest) String() string {
 func (*RunRequest) ProtoMessage() {}
 
 func (x *RunRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[16]
+	mi := &file_guest_v1_guest_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1016,7 +1194,7 @@ func (x *RunRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunRequest.ProtoReflect.Descriptor instead.
 func (*RunRequest) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{16}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *RunRequest) GetArgs() []string {
@@ -1037,7 +1215,7 @@ type RunResponse struct {
 
 func (x *RunResponse) Reset() {
 	*x = RunResponse{}
-	mi := &file_guest_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_v1_guest_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1049,7 +1227,7 @@ func (x *RunResponse) String() string {
 func (*RunResponse) ProtoMessage() {}
 
 func (x *RunResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[17]
+	mi := &file_guest_v1_guest_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1062,7 +1240,7 @@ func (x *RunResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunResponse.ProtoReflect.Descriptor instead.
 func (*RunResponse) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{17}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *RunResponse) GetStatus() int32 {
@@ -1095,7 +1273,7 @@ type MetricsResponse struct {
 
 func (x *MetricsResponse) Reset() {
 	*x = MetricsResponse{}
-	mi := &file_guest_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_v1_guest_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1107,7 +1285,7 @@ func (x *MetricsResponse) String() string {
 func (*MetricsResponse) ProtoMessage() {}
 
 func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[18]
+	mi := &file_guest_v1_guest_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1120,7 +1298,7 @@ func (x *MetricsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MetricsResponse.ProtoReflect.Descriptor instead.
 func (*MetricsResponse) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{18}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *MetricsResponse) GetText() []byte {
@@ -1139,7 +1317,7 @@ type OnlineRequest struct {
 
 func (x *OnlineRequest) Reset() {
 	*x = OnlineRequest{}
-	mi := &file_guest_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_v1_guest_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1151,7 +1329,7 @@ func (x *OnlineRequest) String() string {
 func (*OnlineRequest) ProtoMessage() {}
 
 func (x *OnlineRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[19]
+	mi := &file_guest_v1_guest_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1164,7 +1342,7 @@ func (x *OnlineRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OnlineRequest.ProtoReflect.Descriptor instead.
 func (*OnlineRequest) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{19}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *OnlineRequest) GetCpus() uint32 {
@@ -1184,7 +1362,7 @@ type OnlineResponse struct {
 
 func (x *OnlineResponse) Reset() {
 	*x = OnlineResponse{}
-	mi := &file_guest_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_v1_guest_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1374,7 @@ func (x *OnlineResponse) String() string {
 func (*OnlineResponse) ProtoMessage() {}
 
 func (x *OnlineResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_guest_v1_guest_proto_msgTypes[20]
+	mi := &file_guest_v1_guest_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1387,7 @@ func (x *OnlineResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OnlineResponse.ProtoReflect.Descriptor instead.
 func (*OnlineResponse) Descriptor() ([]byte, []int) {
-	return file_guest_v1_guest_proto_rawDescGZIP(), []int{20}
+	return file_guest_v1_guest_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *OnlineResponse) GetCpus() uint32 {
@@ -1258,15 +1436,26 @@ const file_guest_v1_guest_proto_rawDesc = "" +
 	"\x05stdin\x18\x01 \x01(\tR\x05stdin\x12\x16\n" +
 	"\x06stdout\x18\x02 \x01(\tR\x06stdout\x12\x16\n" +
 	"\x06stderr\x18\x03 \x01(\tR\x06stderr\x12\x1a\n" +
-	"\bterminal\x18\x04 \x01(\tR\bterminal\"\xa1\x01\n" +
+	"\bterminal\x18\x04 \x01(\tR\bterminal\"\x83\x02\n" +
 	"\rLaunchRequest\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\x12\x16\n" +
 	"\x06config\x18\x02 \x01(\fR\x06config\x12\x10\n" +
 	"\x03run\x18\x03 \x01(\bR\x03run\x124\n" +
 	"\astreams\x18\x04 \x01(\v2\x1a.cloister.guest.v1.StreamsR\astreams\x12\x1c\n" +
-	"\tsubmounts\x18\x05 \x03(\tR\tsubmounts\"\"\n" +
+	"\tsubmounts\x18\x05 \x03(\tR\tsubmounts\x12-\n" +
+	"\x05disks\x18\x06 \x03(\v2\x17.cloister.guest.v1.DiskR\x05disks\x121\n" +
+	"\x06rootfs\x18\a \x01(\v2\x19.cloister.guest.v1.RootfsR\x06rootfs\"<\n" +
+	"\x06Rootfs\x12\x16\n" +
+	"\x06layers\x18\x01 \x03(\tR\x06layers\x12\x1a\n" +
+	"\bwritable\x18\x02 \x01(\tR\bwritable\"B\n" +
+	"\x04Disk\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
+	"\x04path\x18\x02 \x01(\tR\x04path\x12\x16\n" +
+	"\x06access\x18\x03 \x01(\tR\x06access\"\"\n" +
 	"\x0eLaunchResponse\x12\x10\n" +
-	"\x03pid\x18\x01 \x01(\rR\x03pid\"\x85\x01\n" +
+	"\x03pid\x18\x01 \x01(\rR\x03pid\"$\n" +
+	"\x12ReleaseDiskRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x85\x01\n" +
 	"\vExecRequest\x12\x12\n" +
 	"\x04task\x18\x01 \x01(\tR\x04task\x12\x12\n" +
 	"\x04exec\x18\x02 \x01(\tR\x04exec\x12\x18\n" +
@@ -1312,7 +1501,7 @@ const file_guest_v1_guest_proto_rawDesc = "" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\"<\n" +
 	"\x0eOnlineResponse\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12\x16\n" +
-	"\x06memory\x18\x02 \x01(\x03R\x06memory2\x87\v\n" +
+	"\x06memory\x18\x02 \x01(\x03R\x06memory2\xd5\v\n" +
 	"\x05Guest\x12J\n" +
 	"\x05Setup\x12\x1f.cloister.guest.v1.SetupRequest\x1a .cloister.guest.v1.SetupResponse\x12D\n" +
 	"\aSetTime\x12!.cloister.guest.v1.SetTimeRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
@@ -1322,7 +1511,8 @@ const file_guest_v1_guest_proto_rawDesc = "" +
 	"\x04Wait\x12!.cloister.guest.v1.ProcessRequest\x1a\x1f.cloister.guest.v1.WaitResponse\x12C\n" +
 	"\x06Forget\x12!.cloister.guest.v1.ProcessRequest\x1a\x16.google.protobuf.Empty\x12K\n" +
 	"\x06Settle\x12\x1e.cloister.guest.v1.TaskRequest\x1a!.cloister.guest.v1.SettleResponse\x12@\n" +
-	"\x06Delete\x12\x1e.cloister.guest.v1.TaskRequest\x1a\x16.google.protobuf.Empty\x12B\n" +
+	"\x06Delete\x12\x1e.cloister.guest.v1.TaskRequest\x1a\x16.google.protobuf.Empty\x12L\n" +
+	"\vReleaseDisk\x12%.cloister.guest.v1.ReleaseDiskRequest\x1a\x16.google.protobuf.Empty\x12B\n" +
 	"\x06Signal\x12 .cloister.guest.v1.SignalRequest\x1a\x16.google.protobuf.Empty\x12?\n" +
 	"\x05Pause\x12\x1e.cloister.guest.v1.TaskRequest\x1a\x16.google.protobuf.Empty\x12@\n" +
 	"\x06Resume\x12\x1e.cloister.guest.v1.TaskRequest\x1a\x16.google.protobuf.Empty\x12B\n" +
@@ -1347,82 +1537,89 @@ func file_guest_v1_guest_proto_rawDescGZIP() []byte {
 	return file_guest_v1_guest_proto_rawDescData
 }
 
-var file_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_guest_v1_guest_proto_msgTypes = make([]protoimpl.MessageInfo, 25)
 var file_guest_v1_guest_proto_goTypes = []any{
-	(*SetupRequest)(nil),    // 0: cloister.guest.v1.SetupRequest
-	(*SetupResponse)(nil),   // 1: cloister.guest.v1.SetupResponse
-	(*SetTimeRequest)(nil),  // 2: cloister.guest.v1.SetTimeRequest
-	(*TaskRequest)(nil),     // 3: cloister.guest.v1.TaskRequest
-	(*Streams)(nil),         // 4: cloister.guest.v1.Streams
-	(*LaunchRequest)(nil),   // 5: cloister.guest.v1.LaunchRequest
-	(*LaunchResponse)(nil),  // 6: cloister.guest.v1.LaunchResponse
-	(*ExecRequest)(nil),     // 7: cloister.guest.v1.ExecRequest
-	(*ProcessRequest)(nil),  // 8: cloister.guest.v1.ProcessRequest
-	(*WaitResponse)(nil),    // 9: cloister.guest.v1.WaitResponse
-	(*SettleResponse)(nil),  // 10: cloister.guest.v1.SettleResponse
-	(*SignalRequest)(nil),   // 11: cloister.guest.v1.SignalRequest
-	(*UpdateRequest)(nil),   // 12: cloister.guest.v1.UpdateRequest
-	(*PidsResponse)(nil),    // 13: cloister.guest.v1.PidsResponse
-	(*ResizeRequest)(nil),   // 14: cloister.guest.v1.ResizeRequest
-	(*DialRequest)(nil),     // 15: cloister.guest.v1.DialRequest
-	(*RunRequest)(nil),      // 16: cloister.guest.v1.RunRequest
-	(*RunResponse)(nil),     // 17: cloister.guest.v1.RunResponse
-	(*MetricsResponse)(nil), // 18: cloister.guest.v1.MetricsResponse
-	(*OnlineRequest)(nil),   // 19: cloister.guest.v1.OnlineRequest
-	(*OnlineResponse)(nil),  // 20: cloister.guest.v1.OnlineResponse
-	nil,                     // 21: cloister.guest.v1.SetupRequest.SysctlsEntry
-	(*emptypb.Empty)(nil),   // 22: google.protobuf.Empty
-	(*anypb.Any)(nil),       // 23: google.protobuf.Any
+	(*SetupRequest)(nil),       // 0: cloister.guest.v1.SetupRequest
+	(*SetupResponse)(nil),      // 1: cloister.guest.v1.SetupResponse
+	(*SetTimeRequest)(nil),     // 2: cloister.guest.v1.SetTimeRequest
+	(*TaskRequest)(nil),        // 3: cloister.guest.v1.TaskRequest
+	(*Streams)(nil),            // 4: cloister.guest.v1.Streams
+	(*LaunchRequest)(nil),      // 5: cloister.guest.v1.LaunchRequest
+	(*Rootfs)(nil),             // 6: cloister.guest.v1.Rootfs
+	(*Disk)(nil),               // 7: cloister.guest.v1.Disk
+	(*LaunchResponse)(nil),     // 8: cloister.guest.v1.LaunchResponse
+	(*ReleaseDiskRequest)(nil), // 9: cloister.guest.v1.ReleaseDiskRequest
+	(*ExecRequest)(nil),        // 10: cloister.guest.v1.ExecRequest
+	(*ProcessRequest)(nil),     // 11: cloister.guest.v1.ProcessRequest
+	(*WaitResponse)(nil),       // 12: cloister.guest.v1.WaitResponse
+	(*SettleResponse)(nil),     // 13: cloister.guest.v1.SettleResponse
+	(*SignalRequest)(nil),      // 14: cloister.guest.v1.SignalRequest
+	(*UpdateRequest)(nil),      // 15: cloister.guest.v1.UpdateRequest
+	(*PidsResponse)(nil),       // 16: cloister.guest.v1.PidsResponse
+	(*ResizeRequest)(nil),      // 17: cloister.guest.v1.ResizeRequest
+	(*DialRequest)(nil),        // 18: cloister.guest.v1.DialRequest
+	(*RunRequest)(nil),         // 19: cloister.guest.v1.RunRequest
+	(*RunResponse)(nil),        // 20: cloister.guest.v1.RunResponse
+	(*MetricsResponse)(nil),    // 21: cloister.guest.v1.MetricsResponse
+	(*OnlineRequest)(nil),      // 22: cloister.guest.v1.OnlineRequest
+	(*OnlineResponse)(nil),     // 23: cloister.guest.v1.OnlineResponse
+	nil,                        // 24: cloister.guest.v1.SetupRequest.SysctlsEntry
+	(*emptypb.Empty)(nil),      // 25: google.protobuf.Empty
+	(*anypb.Any)(nil),          // 26: google.protobuf.Any
 }
 var file_guest_v1_guest_proto_depIdxs = []int32{
-	21, // 0: cloister.guest.v1.SetupRequest.sysctls:type_name -> cloister.guest.v1.SetupRequest.SysctlsEntry
+	24, // 0: cloister.guest.v1.SetupRequest.sysctls:type_name -> cloister.guest.v1.SetupRequest.SysctlsEntry
 	4,  // 1: cloister.guest.v1.LaunchRequest.streams:type_name -> cloister.guest.v1.Streams
-	4,  // 2: cloister.guest.v1.ExecRequest.streams:type_name -> cloister.guest.v1.Streams
-	0,  // 3: cloister.guest.v1.Guest.Setup:input_type -> cloister.guest.v1.SetupRequest
-	2,  // 4: cloister.guest.v1.Guest.SetTime:input_type -> cloister.guest.v1.SetTimeRequest
-	5,  // 5: cloister.guest.v1.Guest.Launch:input_type -> cloister.guest.v1.LaunchRequest
-	3,  // 6: cloister.guest.v1.Guest.Start:input_type -> cloister.guest.v1.TaskRequest
-	7,  // 7: cloister.guest.v1.Guest.Exec:input_type -> cloister.guest.v1.ExecRequest
-	8,  // 8: cloister.guest.v1.Guest.Wait:input_type -> cloister.guest.v1.ProcessRequest
-	8,  // 9: cloister.guest.v1.Guest.Forget:input_type -> cloister.guest.v1.ProcessRequest
-	3,  // 10: cloister.guest.v1.Guest.Settle:input_type -> cloister.guest.v1.TaskRequest
-	3,  // 11: cloister.guest.v1.Guest.Delete:input_type -> cloister.guest.v1.TaskRequest
-	11, // 12: cloister.guest.v1.Guest.Signal:input_type -> cloister.guest.v1.SignalRequest
-	3,  // 13: cloister.guest.v1.Guest.Pause:input_type -> cloister.guest.v1.TaskRequest
-	3,  // 14: cloister.guest.v1.Guest.Resume:input_type -> cloister.guest.v1.TaskRequest
-	12, // 15: cloister.guest.v1.Guest.Update:input_type -> cloister.guest.v1.UpdateRequest
-	3,  // 16: cloister.guest.v1.Guest.Pids:input_type -> cloister.guest.v1.TaskRequest
-	3,  // 17: cloister.guest.v1.Guest.Stats:input_type -> cloister.guest.v1.TaskRequest
-	14, // 18: cloister.guest.v1.Guest.Resize:input_type -> cloister.guest.v1.ResizeRequest
-	15, // 19: cloister.guest.v1.Guest.Dial:input_type -> cloister.guest.v1.DialRequest
-	16, // 20: cloister.guest.v1.Guest.Run:input_type -> cloister.guest.v1.RunRequest
-	22, // 21: cloister.guest.v1.Guest.Metrics:input_type -> google.protobuf.Empty
-	19, // 22: cloister.guest.v1.Guest.Online:input_type -> cloister.guest.v1.OnlineRequest
-	1,  // 23: cloister.guest.v1.Guest.Setup:output_type -> cloister.guest.v1.SetupResponse
-	22, // 24: cloister.guest.v1.Guest.SetTime:output_type -> google.protobuf.Empty
-	6,  // 25: cloister.guest.v1.Guest.Launch:output_type -> cloister.guest.v1.LaunchResponse
-	22, // 26: cloister.guest.v1.Guest.Start:output_type -> google.protobuf.Empty
-	6,  // 27: cloister.guest.v1.Guest.Exec:output_type -> cloister.guest.v1.LaunchResponse
-	9,  // 28: cloister.guest.v1.Guest.Wait:output_type -> cloister.guest.v1.WaitResponse
-	22, // 29: cloister.guest.v1.Guest.Forget:output_type -> google.protobuf.Empty
-	10, // 30: cloister.guest.v1.Guest.Settle:output_type -> cloister.guest.v1.SettleResponse
-	22, // 31: cloister.guest.v1.Guest.Delete:output_type -> google.protobuf.Empty
-	22, // 32: cloister.guest.v1.Guest.Signal:output_type -> google.protobuf.Empty
-	22, // 33: cloister.guest.v1.Guest.Pause:output_type -> google.protobuf.Empty
-	22, // 34: cloister.guest.v1.Guest.Resume:output_type -> google.protobuf.Empty
-	22, // 35: cloister.guest.v1.Guest.Update:output_type -> google.protobuf.Empty
-	13, // 36: cloister.guest.v1.Guest.Pids:output_type -> cloister.guest.v1.PidsResponse
-	23, // 37: cloister.guest.v1.Guest.Stats:output_type -> google.protobuf.Any
-	22, // 38: cloister.guest.v1.Guest.Resize:output_type -> google.protobuf.Empty
-	22, // 39: cloister.guest.v1.Guest.Dial:output_type -> google.protobuf.Empty
-	17, // 40: cloister.guest.v1.Guest.Run:output_type -> cloister.guest.v1.RunResponse
-	18, // 41: cloister.guest.v1.Guest.Metrics:output_type -> cloister.guest.v1.MetricsResponse
-	20, // 42: cloister.guest.v1.Guest.Online:output_type -> cloister.guest.v1.OnlineResponse
-	23, // [23:43] is the sub-list for method output_type
-	3,  // [3:23] is the sub-list for method input_type
-	3,  // [3:3] is the sub-list for extension type_name
-	3,  // [3:3] is the sub-list for extension extendee
-	0,  // [0:3] is the sub-list for field type_name
+	7,  // 2: cloister.guest.v1.LaunchRequest.disks:type_name -> cloister.guest.v1.Disk
+	6,  // 3: cloister.guest.v1.LaunchRequest.rootfs:type_name -> cloister.guest.v1.Rootfs
+	4,  // 4: cloister.guest.v1.ExecRequest.streams:type_name -> cloister.guest.v1.Streams
+	0,  // 5: cloister.guest.v1.Guest.Setup:input_type -> cloister.guest.v1.SetupRequest
+	2,  // 6: cloister.guest.v1.Guest.SetTime:input_type -> cloister.guest.v1.SetTimeRequest
+	5,  // 7: cloister.guest.v1.Guest.Launch:input_type -> cloister.guest.v1.LaunchRequest
+	3,  // 8: cloister.guest.v1.Guest.Start:input_type -> cloister.guest.v1.TaskRequest
+	10, // 9: cloister.guest.v1.Guest.Exec:input_type -> cloister.guest.v1.ExecRequest
+	11, // 10: cloister.guest.v1.Guest.Wait:input_type -> cloister.guest.v1.ProcessRequest
+	11, // 11: cloister.guest.v1.Guest.Forget:input_type -> cloister.guest.v1.ProcessRequest
+	3,  // 12: cloister.guest.v1.Guest.Settle:input_type -> cloister.guest.v1.TaskRequest
+	3,  // 13: cloister.guest.v1.Guest.Delete:input_type -> cloister.guest.v1.TaskRequest
+	9,  // 14: cloister.guest.v1.Guest.ReleaseDisk:input_type -> cloister.guest.v1.ReleaseDiskRequest
+	14, // 15: cloister.guest.v1.Guest.Signal:input_type -> cloister.guest.v1.SignalRequest
+	3,  // 16: cloister.guest.v1.Guest.Pause:input_type -> cloister.guest.v1.TaskRequest
+	3,  // 17: cloister.guest.v1.Guest.Resume:input_type -> cloister.guest.v1.TaskRequest
+	15, // 18: cloister.guest.v1.Guest.Update:input_type -> cloister.guest.v1.UpdateRequest
+	3,  // 19: cloister.guest.v1.Guest.Pids:input_type -> cloister.guest.v1.TaskRequest
+	3,  // 20: cloister.guest.v1.Guest.Stats:input_type -> cloister.guest.v1.TaskRequest
+	17, // 21: cloister.guest.v1.Guest.Resize:input_type -> cloister.guest.v1.ResizeRequest
+	18, // 22: cloister.guest.v1.Guest.Dial:input_type -> cloister.guest.v1.DialRequest
+	19, // 23: cloister.guest.v1.Guest.Run:input_type -> cloister.guest.v1.RunRequest
+	25, // 24: cloister.guest.v1.Guest.Metrics:input_type -> google.protobuf.Empty
+	22, // 25: cloister.guest.v1.Guest.Online:input_type -> cloister.guest.v1.OnlineRequest
+	1,  // 26: cloister.guest.v1.Guest.Setup:output_type -> cloister.guest.v1.SetupResponse
+	25, // 27: cloister.guest.v1.Guest.SetTime:output_type -> google.protobuf.Empty
+	8,  // 28: cloister.guest.v1.Guest.Launch:output_type -> cloister.guest.v1.LaunchResponse
+	25, // 29: cloister.guest.v1.Guest.Start:output_type -> google.protobuf.Empty
+	8,  // 30: cloister.guest.v1.Guest.Exec:output_type -> cloister.guest.v1.LaunchResponse
+	12, // 31: cloister.guest.v1.Guest.Wait:output_type -> cloister.guest.v1.WaitResponse
+	25, // 32: cloister.guest.v1.Guest.Forget:output_type -> google.protobuf.Empty
+	13, // 33: cloister.guest.v1.Guest.Settle:output_type -> cloister.guest.v1.SettleResponse
+	25, // 34: cloister.guest.v1.Guest.Delete:output_type -> google.protobuf.Empty
+	25, // 35: cloister.guest.v1.Guest.ReleaseDisk:output_type -> google.protobuf.Empty
+	25, // 36: cloister.guest.v1.Guest.Signal:output_type -> google.protobuf.Empty
+	25, // 37: cloister.guest.v1.Guest.Pause:output_type -> google.protobuf.Empty
+	25, // 38: cloister.guest.v1.Guest.Resume:output_type -> google.protobuf.Empty
+	25, // 39: cloister.guest.v1.Guest.Update:output_type -> google.protobuf.Empty
+	16, // 40: cloister.guest.v1.Guest.Pids:output_type -> cloister.guest.v1.PidsResponse
+	26, // 41: cloister.guest.v1.Guest.Stats:output_type -> google.protobuf.Any
+	25, // 42: cloister.guest.v1.Guest.Resize:output_type -> google.protobuf.Empty
+	25, // 43: cloister.guest.v1.Guest.Dial:output_type -> google.protobuf.Empty
+	20, // 44: cloister.guest.v1.Guest.Run:output_type -> cloister.guest.v1.RunResponse
+	21, // 45: cloister.guest.v1.Guest.Metrics:output_type -> cloister.guest.v1.MetricsResponse
+	23, // 46: cloister.guest.v1.Guest.Online:output_type -> cloister.guest.v1.OnlineResponse
+	26, // [26:47] is the sub-list for method output_type
+	5,  // [5:26] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_guest_v1_guest_proto_init() }
@@ -1436,7 +1633,7 @@ func file_guest_v1_guest_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_guest_v1_guest_proto_rawDesc), len(file_guest_v1_guest_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   25,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

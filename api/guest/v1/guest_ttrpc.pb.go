@@ -19,6 +19,7 @@ type GuestService interface {
 	Forget(context.Context, *ProcessRequest) (*emptypb.Empty, error)
 	Settle(context.Context, *TaskRequest) (*SettleResponse, error)
 	Delete(context.Context, *TaskRequest) (*emptypb.Empty, error)
+	ReleaseDisk(context.Context, *ReleaseDiskRequest) (*emptypb.Empty, error)
 	Signal(context.Context, *SignalRequest) (*emptypb.Empty, error)
 	Pause(context.Context, *TaskRequest) (*emptypb.Empty, error)
 	Resume(context.Context, *TaskRequest) (*emptypb.Empty, error)
@@ -97,6 +98,13 @@ func RegisterGuestService(srv *ttrpc.Server, svc GuestService) {
 					return nil, err
 				}
 				return svc.Delete(ctx, &req)
+			},
+			"ReleaseDisk": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req ReleaseDiskRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.ReleaseDisk(ctx, &req)
 			},
 			"Signal": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req SignalRequest
@@ -256,6 +264,14 @@ func (c *guestClient) Settle(ctx context.Context, req *TaskRequest) (*SettleResp
 func (c *guestClient) Delete(ctx context.Context, req *TaskRequest) (*emptypb.Empty, error) {
 	var resp emptypb.Empty
 	if err := c.client.Call(ctx, "cloister.guest.v1.Guest", "Delete", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *guestClient) ReleaseDisk(ctx context.Context, req *ReleaseDiskRequest) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "cloister.guest.v1.Guest", "ReleaseDisk", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

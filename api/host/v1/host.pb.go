@@ -1112,6 +1112,7 @@ type MachineOptions struct {
 	VirtioFsExtraArgs []string               `protobuf:"bytes,17,rep,name=virtio_fs_extra_args,json=virtioFsExtraArgs,proto3" json:"virtio_fs_extra_args,omitempty"`
 	EnableAnnotations []string               `protobuf:"bytes,18,rep,name=enable_annotations,json=enableAnnotations,proto3" json:"enable_annotations,omitempty"`
 	BootTimeout       uint32                 `protobuf:"varint,19,opt,name=boot_timeout,json=bootTimeout,proto3" json:"boot_timeout,omitempty"` // seconds in which the guest has to answer
+	ImageLayers       string                 `protobuf:"bytes,20,opt,name=image_layers,json=imageLayers,proto3" json:"image_layers,omitempty"`  // how they reach the guest: virtio-fs or erofs
 	unknownFields     protoimpl.UnknownFields
 	sizeCache         protoimpl.SizeCache
 }
@@ -1277,6 +1278,13 @@ func (x *MachineOptions) GetBootTimeout() uint32 {
 		return x.BootTimeout
 	}
 	return 0
+}
+
+func (x *MachineOptions) GetImageLayers() string {
+	if x != nil {
+		return x.ImageLayers
+	}
+	return ""
 }
 
 type ForwardRequest struct {
@@ -1765,7 +1773,7 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"\fmemory_limit\x18\f \x01(\x03R\vmemoryLimit\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x9f\x05\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xc2\x05\n" +
 	"\x0eMachineOptions\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x16\n" +
 	"\x06guests\x18\x02 \x01(\tR\x06guests\x12\x14\n" +
@@ -1786,7 +1794,8 @@ const file_host_v1_host_proto_rawDesc = "" +
 	"\x0fvirtio_fs_cache\x18\x10 \x01(\tR\rvirtioFsCache\x12/\n" +
 	"\x14virtio_fs_extra_args\x18\x11 \x03(\tR\x11virtioFsExtraArgs\x12-\n" +
 	"\x12enable_annotations\x18\x12 \x03(\tR\x11enableAnnotations\x12!\n" +
-	"\fboot_timeout\x18\x13 \x01(\rR\vbootTimeout\"[\n" +
+	"\fboot_timeout\x18\x13 \x01(\rR\vbootTimeout\x12!\n" +
+	"\fimage_layers\x18\x14 \x01(\tR\vimageLayers\"[\n" +
 	"\x0eForwardRequest\x12\x1d\n" +
 	"\n" +
 	"sandbox_id\x18\x01 \x01(\tR\tsandboxId\x12\x12\n" +

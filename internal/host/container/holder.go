@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -26,9 +27,9 @@ func (b *Backend) StartSandbox(ctx context.Context, s *host.SandboxSpec, exited 
 		return st, nil
 	}
 	if s.UserNamespace == "" {
-		st, err = b.holderProcess(exited)
+		st, err = b.holderProcess(s, exited)
 	} else {
-		st, err = b.nestedHolder(ctx, s.UserNamespace, exited)
+		st, err = b.nestedHolder(ctx, s, exited)
 	}
 	if err != nil {
 		return st, fmt.Errorf("start the holder of the PID namespace: %w", err)
@@ -41,13 +42,16 @@ func (b *Backend) StartSandbox(ctx context.Context, s *host.SandboxSpec, exited 
 	return st, nil
 }
 
+// holderArgs is how a holder of a sandbox shows in lists of processes.
+func holderArgs(id string) []string { return []string{"cloister-pause", id} }
+
 // holderProcess starts a holder as our child in a new PID namespace.
-func (b *Backend) holderProcess(exited func(proc.Exit)) (st host.Started, err error) {
+func (b *Backend) holderProcess(s *host.SandboxSpec, exited func(proc.Exit)) (st host.Started, err error) {
 	path, err := b.holderProgram("holder", elf.Holder)
 	if err != nil {
 		return st, err
 	}
-	st.Pid, err = b.reaper.Start(proc.Command{Path: path, Args: []string{"cloister-pause"}, Dir: "/",
+	st.Pid, err = b.reaper.Start(proc.Command{Path: path, Args: holderArgs(s.ID), Dir: "/",
 		Sys: &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWPID, Setsid: true}}, exited)
 	if err != nil {
 		return st, err
@@ -63,12 +67,12 @@ func (b *Backend) holderProcess(exited func(proc.Exit)) (st host.Started, err er
 
 // nestedHolder has a program make the PID namespace inside a user namespace,
 // which a process with several threads, like this one, cannot join.
-func (b *Backend) nestedHolder(ctx context.Context, userns string, exited func(proc.Exit)) (st host.Started, err error) {
+func (b *Backend) nestedHolder(ctx context.Context, s *host.SandboxSpec, exited func(proc.Exit)) (st host.Started, err error) {
 	path, err := b.holderProgram("holder-userns", elf.NestedHolder)
 	if err != nil {
 		return st, err
 	}
-	ns, err := os.Open(userns)
+	ns, err := os.Open(s.UserNamespace)
 	if err != nil {
 		return st, fmt.Errorf("open the user namespace: %w", err)
 	}
@@ -80,14 +84,14 @@ func (b *Backend) nestedHolder(ctx context.Context, userns string, exited func(p
 	defer r.Close()
 	done := b.reaper.Birth()
 	defer done()
-	exit, err := b.reaper.RunCommand(ctx, proc.Command{Path: path, Args: []string{"cloister-pause"}, Dir: "/",
+	exit, err := b.reaper.RunCommand(ctx, proc.Command{Path: path, Args: holderArgs(s.ID), Dir: "/",
 		Extra: []*os.File{ns, w}, Sys: &syscall.SysProcAttr{Setsid: true}})
 	w.Close()
 	if err != nil {
 		return st, err
 	}
 	if exit.Status != 0 {
-		return st, fmt.Errorf("make a PID namespace in %s: %w", userns, syscall.Errno(exit.Status))
+		return st, fmt.Errorf("make a PID namespace in %s: %w", s.UserNamespace, syscall.Errno(exit.Status))
 	}
 	var pid [4]byte
 	if _, err := io.ReadFull(r, pid[:]); err != nil {
@@ -164,9 +168,42 @@ func cgroupMounts() []string {
 	return mounts
 }
 
+// unnoted finds the holders of a sandbox whose start was cut off before anybody
+// could note the process.
+func (b *Backend) unnoted(id string) (found []host.Process) {
+	want := strings.Join(holderArgs(id), "\x00") + "\x00"
+	files, _ := filepath.Glob("/proc/[0-9]*/cmdline") // the pattern is right
+	for _, f := range files {
+		args, err := os.ReadFile(f)
+		if err != nil || string(args) != want {
+			continue
+		}
+		dir := filepath.Dir(f)
+		exe, err := os.Readlink(filepath.Join(dir, "exe"))
+		if err != nil || filepath.Dir(exe) != b.dir { // another state folder's
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil {
+			continue
+		}
+		if st, err := proc.ReadStat(pid); err == nil {
+			found = append(found, host.Process{Pid: pid, Start: st.Start})
+		}
+	}
+	return found
+}
+
 // StopSandbox is part of host.Backend.
 func (b *Backend) StopSandbox(ctx context.Context, s *host.SandboxSpec, p host.Process) error {
-	if p.Pid != 0 {
+	var holders []host.Process
+	switch {
+	case p.Pid != 0:
+		holders = []host.Process{p}
+	case s.SharePID:
+		holders = b.unnoted(s.ID)
+	}
+	for _, p := range holders {
 		err := proc.Signal(p.Pid, p.Start, unix.SIGKILL)
 		if err != nil && !errors.Is(err, os.ErrProcessDone) {
 			return err

@@ -18,7 +18,7 @@ import (
 func BenchmarkStart(b *testing.B) {
 	for _, runtime := range []string{"runc", "crun"} {
 		b.Run(runtime+"/shim", func(b *testing.B) {
-			s := StartShim(b, runtime)
+			s := StartShim(b, OCI(runtime))
 			s.Run(Container{ID: "first", Args: []string{"sleep", "100"}, Options: onStart})
 			s.Remove("first")
 			var times []time.Duration
@@ -39,7 +39,7 @@ func BenchmarkStart(b *testing.B) {
 			report(b, times)
 		})
 		b.Run(runtime+"/by-hand", func(b *testing.B) {
-			s := StartShim(b, runtime)
+			s := StartShim(b, OCI(runtime))
 			root := filepath.Join(s.Dir, "root")
 			var times []time.Duration
 			for i := 0; b.Loop(); i++ {
@@ -80,7 +80,7 @@ func report(b *testing.B, times []time.Duration) {
 // BenchmarkMemory reports what keeper and server cost with 0 and 40 running
 // containers, each with somebody who waits for it.
 func BenchmarkMemory(b *testing.B) {
-	s := StartShim(b, "runc")
+	s := StartShim(b, OCI("runc"))
 	for b.Loop() {
 		const n = 40
 		pss := func() (keeper, server float64) { return pssOf(b, s.keeper.Process.Pid), pssOf(b, s.ServerPid()) }

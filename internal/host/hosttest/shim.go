@@ -36,18 +36,22 @@ var binaries = sync.OnceValues(func() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	for pkg, flags := range map[string][]string{"cloister.dev/cmd/cloister-shim": raceFlags, "cloister.dev/internal/host/hosttest/testprog": nil} {
-		args := append([]string{"build", "-tags", "no_grpc", "-o", dir}, flags...)
-		cmd := exec.Command("go", append(args, pkg)...)
-		if len(flags) == 0 { // static, for there is nothing in the container
-			cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
-		}
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return "", fmt.Errorf("build %s: %w\n%s", pkg, err, out)
-		}
-	}
-	return dir, nil
+	return dir, errors.Join(build(dir, "cloister.dev/cmd/cloister-shim", raceFlags...), build(dir, "cloister.dev/internal/host/hosttest/testprog"))
 })
+
+// build makes a program, a static one where it has no flags: there is nothing
+// in the container or the guest that it runs in.
+func build(dir, pkg string, flags ...string) error {
+	args := append([]string{"build", "-tags", "no_grpc", "-o", dir}, flags...)
+	cmd := exec.Command("go", append(args, pkg)...)
+	if len(flags) == 0 {
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	}
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("build %s: %w\n%s", pkg, err, out)
+	}
+	return nil
+}
 
 // Shim is a running cloister-shim with a state folder of its own.
 type Shim struct {
@@ -55,6 +59,7 @@ type Shim struct {
 	Dir     string
 	bin     string
 	Binary  string // OCI runtime
+	on      Target
 	keeper  *exec.Cmd
 	Task    taskapi.TTRPCTaskService
 	Sandbox sandboxapi.TTRPCSandboxService
@@ -64,13 +69,13 @@ type Shim struct {
 }
 
 // StartShim runs "cloister-shim keep" until the test ends.
-func StartShim(t testing.TB, runtime string) *Shim {
+func StartShim(t testing.TB, on Target) *Shim {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("containers need root")
 	}
-	if _, err := exec.LookPath(runtime); err != nil {
-		t.Skipf("no %s on this machine", runtime)
+	if _, err := exec.LookPath(on.Runtime); err != nil && on.Runtime != "" {
+		t.Skipf("no %s on this machine", on.Runtime)
 	}
 	bin, err := binaries()
 	if err != nil {
@@ -80,9 +85,12 @@ func StartShim(t testing.TB, runtime string) *Shim {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := &Shim{t: t, Dir: dir, bin: bin, Binary: runtime}
+	s := &Shim{t: t, Dir: dir, bin: bin, Binary: on.Runtime, on: on}
 	t.Cleanup(s.end)
 	s.Keep()
+	if on.Machine != nil {
+		s.startMachine()
+	}
 	return s
 }
 
@@ -94,7 +102,7 @@ func (s *Shim) Keep() {
 		s.t.Fatal(err)
 	}
 	defer log.Close()
-	s.keeper = exec.Command(filepath.Join(s.bin, "cloister-shim"), "keep", "--state", s.Dir, "--log-level", "debug")
+	s.keeper = exec.Command(filepath.Join(s.bin, "cloister-shim"), "keep", "--state", s.Dir, "--backend", s.on.Backend, "--log-level", "debug")
 	s.keeper.Stdout, s.keeper.Stderr = log, log
 	s.keeper.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := s.keeper.Start(); err != nil {
@@ -235,9 +243,10 @@ func (s *Shim) Bundle(c *Container) string {
 		s.t.Fatal(err)
 	}
 	spec := &specs.Spec{
-		Version: "1.0.2",
-		Root:    &specs.Root{Path: "rootfs"},
-		Process: &specs.Process{Args: append([]string{"/prog"}, c.Args...), Cwd: "/", Env: []string{"PATH=/"}, Terminal: c.Terminal},
+		Version:     "1.0.2",
+		Annotations: map[string]string{"io.kubernetes.cri.sandbox-id": s.on.sandbox()},
+		Root:        &specs.Root{Path: "rootfs"},
+		Process:     &specs.Process{Args: append([]string{"/prog"}, c.Args...), Cwd: "/", Env: []string{"PATH=/"}, Terminal: c.Terminal},
 		Mounts: []specs.Mount{{Destination: "/proc", Type: "proc", Source: "proc"},
 			{Destination: "/dev", Type: "tmpfs", Source: "tmpfs", Options: []string{"nosuid", "mode=755"}},
 			{Destination: "/dev/pts", Type: "devpts", Source: "devpts", Options: []string{"newinstance", "ptmxmode=0666"}}},
@@ -265,7 +274,7 @@ func (s *Shim) Create(c Container) error {
 	if c.Options != nil {
 		proto.Merge(o, c.Options)
 	}
-	o.BinaryName = s.Binary
+	o.BinaryName, o.SandboxId = s.Binary, s.on.sandbox()
 	if o.Log == nil {
 		o.Log = &hostv1.Log{Path: s.LogPath(c.ID), MaxLineBytes: 16384}
 	}

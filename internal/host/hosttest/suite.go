@@ -12,36 +12,55 @@ import (
 	hostv1 "cloister.dev/api/host/v1"
 )
 
-// Suite tests the host with one OCI runtime.
-func Suite(t *testing.T, runtime string) {
-	s := StartShim(t, runtime)
-	t.Run("Exit", s.sub(testExit))
-	t.Run("Signal", s.sub(testSignal))
-	t.Run("CreateThenStart", s.sub(testCreateThenStart))
-	t.Run("MissingProgram", s.sub(testMissingProgram))
-	t.Run("OOM", s.sub(testOOM))
-	t.Run("SharedPID", s.sub(testLeftovers))
-	t.Run("Exec", s.sub(testExec))
-	t.Run("ExecTerminal", s.sub(testExecTerminal))
-	t.Run("Terminal", s.sub(testTerminal))
-	t.Run("Attach", s.sub(testAttach))
-	t.Run("StdinOnce", s.sub(testStdinOnce))
-	t.Run("SlowClient", s.sub(testSlowClient))
-	t.Run("ReopenLog", s.sub(testReopenLog))
-	t.Run("Resources", s.sub(testResources))
-	t.Run("StockRequest", s.sub(testStockRequest))
-	t.Run("OpenIO", s.sub(testOpenIO))
-	t.Run("Sandbox", s.sub(testSandbox))
-	t.Run("SandboxUserNamespace", s.sub(testSandboxUserNamespace))
-	t.Run("BadInput", s.sub(testBadInput))
-	t.Run("Parallel", s.sub(testParallel))
-	t.Run("CallerDies", s.sub(testCallerDies))
-	t.Run("KillWhileItStarts", s.sub(testKillWhileItStarts))
-	t.Run("DeleteWhileItStarts", s.sub(testDeleteWhileItStarts))
-	t.Run("KillServer", s.sub(testKillServer))
-	t.Run("KillServerDuringStarts", s.sub(testKillServerDuringStarts))
-	t.Run("KillAll", s.sub(testKillAll))
-	t.Run("KillKeeper", s.sub(testKillKeeper))
+// Suite tests the host on a target. What a target cannot do by its nature is
+// left out with the reason that the target gives.
+func Suite(t *testing.T, on Target) {
+	s := StartShim(t, on)
+	for _, test := range []struct {
+		name  string
+		f     func(*Shim)
+		needs need
+	}{
+		{"Exit", testExit, nothing},
+		{"Signal", testSignal, nothing},
+		{"CreateThenStart", testCreateThenStart, nothing},
+		{"MissingProgram", testMissingProgram, nothing},
+		{"OOM", testOOM, nothing},
+		{"SharedPID", testLeftovers, nothing},
+		{"Exec", testExec, nothing},
+		{"ExecTerminal", testExecTerminal, nothing},
+		{"Terminal", testTerminal, nothing},
+		{"Attach", testAttach, nothing},
+		{"StdinOnce", testStdinOnce, nothing},
+		{"SlowClient", testSlowClient, nothing},
+		{"ReopenLog", testReopenLog, nothing},
+		{"Resources", testResources, nothing},
+		{"StockRequest", testStockRequest, nothing},
+		{"OpenIO", testOpenIO, nothing},
+		{"Sandbox", testSandbox, nodeKernel},
+		{"SandboxUserNamespace", testSandboxUserNamespace, nodeKernel},
+		{"BadInput", testBadInput, nothing},
+		{"Parallel", testParallel, nothing},
+		{"CallerDies", testCallerDies, nodeRuntime},
+		{"KillWhileItStarts", testKillWhileItStarts, nodeRuntime},
+		{"DeleteWhileItStarts", testDeleteWhileItStarts, nothing},
+		{"SandboxEndsFirst", testSandboxEndsFirst, nodeKernel},
+		{"RemoveWhileExecStarts", testRemoveWhileExecStarts, nodeRuntime},
+		{"OpenIOEndsFirst", testOpenIOEndsFirst, nothing},
+		{"LogGone", testLogGone, nothing},
+		{"KillServer", testKillServer, nothing},
+		{"KillServerDuringStarts", testKillServerDuringStarts, nothing},
+		{"KillServerDuringSandboxes", testKillServerDuringSandboxes, nodeKernel},
+		{"KillAll", testKillAll, nothing},
+		{"KillKeeper", testKillKeeper, nothing},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			if reason := on.lacks(test.needs); reason != "" {
+				t.Skip(reason)
+			}
+			s.sub(test.f)(t)
+		})
+	}
 }
 
 // sub runs f with failures going to the subtest.

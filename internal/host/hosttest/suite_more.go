@@ -186,11 +186,15 @@ func testBadInput(s *Shim) {
 			s.t.Errorf("kill %.20q: %v", id, err)
 		}
 	}
-	for what, c := range map[string]Container{
-		"no runtime": {ID: "bad", Options: &hostv1.TaskOptions{BinaryName: "nonesuch"}},
-		"log path":   {ID: "bad", Options: &hostv1.TaskOptions{Log: &hostv1.Log{Path: "/tmp/../x"}}},
-		"no folder":  {ID: "bad", Options: &hostv1.TaskOptions{Log: &hostv1.Log{Path: "/nowhere/at/all"}}},
-	} {
+	bad := map[string]Container{
+		"log path":  {ID: "bad", Options: &hostv1.TaskOptions{Log: &hostv1.Log{Path: "/tmp/../x"}}},
+		"no folder": {ID: "bad", Options: &hostv1.TaskOptions{Log: &hostv1.Log{Path: "/nowhere/at/all"}}},
+	}
+	if s.on.lacks(nodeRuntime) == "" {
+		bad["no runtime"] = Container{ID: "bad", Options: &hostv1.TaskOptions{BinaryName: "nonesuch"}}
+	}
+	for what, c := range bad {
+		c.Options.SandboxId = s.on.sandbox()
 		bundle := s.Bundle(&c)
 		_, err := s.Task.Create(s.ctx(), &taskapi.CreateTaskRequest{ID: c.ID, Bundle: bundle, Options: pack(s.t, c.Options)})
 		if err == nil {
@@ -207,8 +211,7 @@ func testBadInput(s *Shim) {
 }
 
 func testParallel(s *Shim) {
-	const n = 50
-	s.each(n, func(i int) {
+	s.each(s.on.parallel(), func(i int) {
 		id := fmt.Sprintf("par-%d", i)
 		s.Run(Container{ID: id, Args: []string{"lines", "20", "1000", itoa(uint32(i))}, Options: onStart})
 		if r := s.Wait(id); int(r.ExitStatus) != i {

@@ -182,7 +182,20 @@ func testExec(s *Shim) {
 	if err := s.execArgs("ex", "x5", f, "/not/there"); !errdefs.IsNotFound(err) {
 		s.t.Errorf("exec of a missing program: %v", err)
 	}
+	waited := make(chan error, 1)
+	go func() {
+		_, err := s.Task.Wait(s.ctx(), &taskapi.WaitRequest{ID: "ex", ExecID: "x5"})
+		waited <- err
+	}()
+	select {
+	case err := <-waited:
+		s.t.Errorf("before it was deleted, an exec that never ran had ended: %v", err)
+	case <-time.After(50 * time.Millisecond): // it waits
+	}
 	s.deleteExec("ex", "x5")
+	if err := <-waited; !errdefs.IsNotFound(errgrpc.ToNative(err)) {
+		s.t.Errorf("the end of an exec that never ran: %v", err)
+	}
 }
 
 func (s *Shim) execArgs(id, exec string, f *fifos, args ...string) error {
@@ -248,7 +261,7 @@ func testTerminal(s *Shim) {
 	if _, err := s.Task.ResizePty(s.ctx(), &taskapi.ResizePtyRequest{ID: "tty", Width: 77, Height: 22}); err != nil {
 		s.t.Error(err)
 	}
-	f.expect(f.out, "size 77x22")
+	f.expect(f.out, "size 77x22\r\n") // a line that is typed earlier would come into it
 	if _, err := f.in.WriteString("a line\n"); err != nil {
 		s.t.Fatal(err)
 	}

@@ -16,7 +16,7 @@ type Log struct {
 	maxLine int
 
 	mu   sync.Mutex
-	file *os.File
+	file *os.File // nil: not open now
 	mark *Mark
 	lost map[string]int64 // bytes thrown away per stream and not told yet
 }
@@ -24,20 +24,45 @@ type Log struct {
 // OpenLog opens the log at path, whose folder must exist, and repairs what a
 // killed predecessor left half written. markPath is kept between lives.
 func OpenLog(path, markPath string, maxLine int) (*Log, error) {
+	l, err := newLog(path, markPath, maxLine)
+	if err != nil {
+		return nil, err
+	}
+	if err := l.open(); err != nil {
+		l.mark.Close()
+		return nil, err
+	}
+	return l, nil
+}
+
+// TakeUpLog is OpenLog for a log that exists. When it cannot be opened now, it
+// is one that cannot be written for a while.
+func TakeUpLog(path, markPath string, maxLine int) (*Log, error) {
+	l, err := newLog(path, markPath, maxLine)
+	if err == nil {
+		_ = l.open() // tried again, and told of, when there is something to write
+	}
+	return l, err
+}
+
+func newLog(path, markPath string, maxLine int) (*Log, error) {
 	mark, err := OpenMark(markPath)
 	if err != nil {
 		return nil, err
 	}
-	l := &Log{path: path, maxLine: maxLine, mark: mark, lost: map[string]int64{}}
+	return &Log{path: path, maxLine: maxLine, mark: mark, lost: map[string]int64{}}, nil
+}
+
+// open opens the file and repairs it; mu is held, or nobody else knows l.
+func (l *Log) open() error {
 	if err := l.recover(); err != nil {
-		mark.Close()
-		return nil, err
+		return err
 	}
-	if l.file, err = openLogFile(path); err != nil {
-		mark.Close()
-		return nil, err
+	f, err := openLogFile(l.path)
+	if err == nil {
+		l.file = f
 	}
-	return l, nil
+	return err
 }
 
 func openLogFile(path string) (*os.File, error) {
@@ -113,18 +138,37 @@ func (l *Log) Reopen() error {
 	if err != nil {
 		return err
 	}
+	old, err := l.swap(f)
+	if old != nil {
+		err = errors.Join(err, old.Close())
+	}
+	return err
+}
+
+// swap takes f as the file and gives the one that is to be closed.
+func (l *Log) swap(f *os.File) (old *os.File, err error) {
 	l.mu.Lock()
-	old := l.file
-	l.file = f
-	l.mu.Unlock()
-	return old.Close()
+	defer l.mu.Unlock()
+	switch {
+	case l.mark == nil: // closed meanwhile
+		return f, nil
+	case l.file == nil: // with something to repair, maybe
+		return f, l.open()
+	}
+	old, l.file = l.file, f
+	return old, nil
 }
 
 // Close closes the file; nothing may be written any more.
 func (l *Log) Close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return errors.Join(l.file.Close(), l.mark.Close())
+	err := l.mark.Close()
+	l.mark = nil
+	if l.file != nil {
+		err = errors.Join(l.file.Close(), err)
+	}
+	return err
 }
 
 // move writes entries and drains the text that they were made of from pipe.
@@ -132,6 +176,11 @@ func (l *Log) Close() error {
 func (l *Log) move(entries, text []byte, pipe int) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.file == nil {
+		if err := l.open(); err != nil {
+			return err
+		}
+	}
 	var st unix.Stat_t
 	if err := fstat(l.file, &st); err != nil {
 		return err

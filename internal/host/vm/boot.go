@@ -14,6 +14,7 @@ import (
 
 	guestv1 "cloister.dev/api/guest/v1"
 	hostv1 "cloister.dev/api/host/v1"
+	"cloister.dev/internal/guest"
 	"cloister.dev/internal/host"
 	"cloister.dev/internal/host/proc"
 	"cloister.dev/internal/host/vm/image"
@@ -44,16 +45,30 @@ func (b *Backend) StartSandbox(ctx context.Context, spec *host.SandboxSpec, exit
 	if s.machine() != nil {
 		return st, fmt.Errorf("the machine of sandbox %s runs already: %w", s.id, errdefs.ErrAlreadyExists)
 	}
-	if err := s.boot(ctx, spec, o); err != nil {
-		err = errors.Join(err, s.takeDown(context.WithoutCancel(ctx)))
+	for try := 1; ; try++ {
+		if err = s.boot(ctx, spec, o); err == nil {
+			break
+		}
+		down := s.takeDown(context.WithoutCancel(ctx))
+		if try < bootTries && errors.Is(err, errNoTimer) && down == nil && ctx.Err() == nil {
+			b.log.Warn("machine is started once more", "sandbox", s.id, "err", err)
+			continue
+		}
 		b.forget(s)
-		return st, err
+		return st, errors.Join(err, down)
 	}
 	b.workers.Go(func() { s.awaitMachine(exited) })
 	state := s.machine().State()
 	st.Pid, st.Process.Start, st.Place = state.Pid, state.Start, holderPlace
 	return st, nil
 }
+
+// bootTries is how often a machine is started whose kernel fails to find a
+// timer, which it does on a busy host now and then.
+const bootTries = 3
+
+// errNoTimer tells that the guest's kernel has no timer.
+var errNoTimer = fmt.Errorf("%s: the node may be too busy to emulate a machine: %w", guest.NoTimer, errdefs.ErrUnavailable)
 
 // boot makes the machine and waits until its agent has made it a pod.
 func (s *sandbox) boot(ctx context.Context, spec *host.SandboxSpec, o *hostv1.MachineOptions) error {
@@ -63,7 +78,11 @@ func (s *sandbox) boot(ctx context.Context, spec *host.SandboxSpec, o *hostv1.Ma
 		return err
 	}
 	c.Dir = s.backend.shortDir(s.id)
-	if c.Cgroups, err = s.prepare(spec, c.Dir, c.Accel); err != nil {
+	mkfs, err := findMkfs(o)
+	if err != nil {
+		return err
+	}
+	if c.Cgroups, err = s.prepare(spec, record{Dir: c.Dir, NetNS: spec.NetNS, Accel: c.Accel, SharePID: spec.SharePID, Mkfs: mkfs}); err != nil {
 		return err
 	}
 	program, err := FindVirtiofsd(o.VirtioFsDaemon)
@@ -71,7 +90,7 @@ func (s *sandbox) boot(ctx context.Context, spec *host.SandboxSpec, o *hostv1.Ma
 		return err
 	}
 	files, err := share.Start(ctx, s.backend.reaper, share.Config{Program: program, Dir: c.Dir, Cgroups: c.Cgroups,
-		Cache: o.VirtioFsCache, ExtraArgs: o.VirtioFsExtraArgs})
+		Cache: o.VirtioFsCache, Overlays: mkfs != "", ExtraArgs: o.VirtioFsExtraArgs})
 	if err != nil {
 		return fmt.Errorf("serve the machine's files: %w", err)
 	}
@@ -90,7 +109,7 @@ func (s *sandbox) boot(ctx context.Context, spec *host.SandboxSpec, o *hostv1.Ma
 }
 
 // prepare makes folders and cgroups, after the intent is on disk.
-func (s *sandbox) prepare(spec *host.SandboxSpec, dir, accel string) (cgroups []string, err error) {
+func (s *sandbox) prepare(spec *host.SandboxSpec, fresh record) (cgroups []string, err error) {
 	cgroups = cgroupDirs(spec.CgroupPath)
 	var made []string
 	for _, cg := range cgroups {
@@ -98,9 +117,8 @@ func (s *sandbox) prepare(spec *host.SandboxSpec, dir, accel string) (cgroups []
 			made = append(made, cg)
 		}
 	}
-	if err := s.update(func(r *record) {
-		*r = record{Dir: dir, NetNS: spec.NetNS, Cgroups: made, Accel: accel, SharePID: spec.SharePID}
-	}); err != nil {
+	fresh.Cgroups = made
+	if err := s.update(func(r *record) { *r = fresh }); err != nil {
 		return nil, err
 	}
 	for _, cg := range made {
@@ -108,7 +126,7 @@ func (s *sandbox) prepare(spec *host.SandboxSpec, dir, accel string) (cgroups []
 			return nil, fmt.Errorf("make the machine's cgroup: %w", err)
 		}
 	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := os.MkdirAll(fresh.Dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the machine's folder: %w", err)
 	}
 	return usableCgroups(cgroups), nil
@@ -198,7 +216,11 @@ func (s *sandbox) explain(ctx context.Context, err error) error {
 	console := lastLines(m.Console(context.WithoutCancel(ctx)), consoleLines)
 	select {
 	case <-m.Done():
-		err = fmt.Errorf("the virtual machine ended before it was up (%s): %w", m.Exit().Reason, errdefs.ErrUnavailable)
+		var cause error = errdefs.ErrUnavailable
+		if strings.Contains(console, guest.NoTimer) {
+			cause = errNoTimer
+		}
+		err = fmt.Errorf("the virtual machine ended before it was up (%s): %w", m.Exit().Reason, cause)
 	default:
 		if errors.Is(err, context.DeadlineExceeded) {
 			err = fmt.Errorf("the guest did not answer in time; its kernel and initrd may not fit this machine type, or boot_timeout is too short: %w", err)

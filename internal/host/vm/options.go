@@ -92,6 +92,9 @@ func readOptions(extra []byte, annotations map[string]string) (*hostv1.MachineOp
 	if o.MachineType != machine.Microvm && o.MachineType != machine.Q35 {
 		return nil, fmt.Errorf("machine_type %q: want %s or %s: %w", o.MachineType, machine.Microvm, machine.Q35, errdefs.ErrInvalidArgument)
 	}
+	if o.ImageLayers != layersShared && o.ImageLayers != layersEROFS {
+		return nil, fmt.Errorf("image_layers %q: want %s or %s: %w", o.ImageLayers, layersShared, layersEROFS, errdefs.ErrInvalidArgument)
+	}
 	return o, nil
 }
 
@@ -99,6 +102,7 @@ func fill(o *hostv1.MachineOptions) {
 	orString(&o.MachineType, machine.Microvm)
 	orString(&o.Accel, "kvm")
 	orString(&o.Guest, image.DefaultName)
+	orString(&o.ImageLayers, layersShared)
 	orCount(&o.DefaultVcpus, defaultCPUs)
 	orCount(&o.DefaultMemory, DefaultMemory)
 	orCount(&o.BootTimeout, defaultBootSeconds)

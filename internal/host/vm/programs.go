@@ -9,6 +9,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	hostv1 "cloister.dev/api/host/v1"
 	"cloister.dev/internal/host/vm/machine"
 )
 
@@ -40,6 +41,20 @@ func FindVirtiofsd(path string) (string, error) {
 	}
 	return "", fmt.Errorf("virtiofsd is not on this machine (looked for %s): install qemu-system-common or virtiofsd, or name it in the handler's virtio_fs_daemon: %w",
 		strings.Join(places, ", "), errdefs.ErrFailedPrecondition)
+}
+
+// findMkfs finds the program that makes disks of image layers, where the
+// options want them.
+func findMkfs(o *hostv1.MachineOptions) (string, error) {
+	if o.ImageLayers != layersEROFS {
+		return "", nil
+	}
+	for _, name := range [...]string{"mkfs.erofs", "/usr/bin/mkfs.erofs", "/usr/sbin/mkfs.erofs"} {
+		if found, err := exec.LookPath(name); err == nil {
+			return filepath.Abs(found)
+		}
+	}
+	return "", fmt.Errorf("mkfs.erofs is not on this machine: install erofs-utils, or set the handler's image_layers to %q: %w", layersShared, errdefs.ErrFailedPrecondition)
 }
 
 // lastLines gives the end of a guest's console as one text.

@@ -35,6 +35,10 @@ type record struct {
 	BootTook time.Duration `json:"bootTook,omitempty"`
 	// Limits are those of the tasks that have any.
 	Limits map[string]limits `json:"limits,omitempty"`
+	// Disks lists the tasks that use, or are to use, each disk by its ID.
+	Disks map[string][]string `json:"disks,omitempty"`
+	// Mkfs is the program that makes disks of image layers; empty: they are shared.
+	Mkfs string `json:"mkfs,omitempty"`
 }
 
 // sandbox is one virtual machine.
@@ -52,6 +56,8 @@ type sandbox struct {
 	// sizing is held while limits, and the machine's size with them, change;
 	// outer to dial and mu.
 	sizing sync.Mutex
+	// plugging is held while disks come and go; outer to dial and mu.
+	plugging sync.Mutex
 }
 
 // sandboxFor gives the one that is known under the id, or a new one.

@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -11,6 +12,7 @@ import (
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 
+	guestv1 "cloister.dev/api/guest/v1"
 	"cloister.dev/internal/guest"
 	"cloister.dev/internal/host"
 	"cloister.dev/internal/host/vm/share"
@@ -19,49 +21,72 @@ import (
 // guestVersion is the version of config.json that every guest's runtime takes.
 const guestVersion = "1.0.2"
 
-// shareTask makes a task's files visible to the machine and gives the
-// configuration that holds there.
-// submounts are mounts beneath what is shared, as paths in the guest.
-func (s *sandbox) shareTask(t *host.TaskSpec) (config []byte, submounts []string, err error) {
+// shareTask makes a task's files and disks visible to the machine and gives
+// the request that launches it there.
+func (s *sandbox) shareTask(ctx context.Context, t *host.TaskSpec) (*guestv1.LaunchRequest, error) {
 	if err := mountRootfs(t); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	spec, err := readSpec(t)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
+	r := &guestv1.LaunchRequest{Task: t.ID}
 	root := spec.Root.Path
 	if !filepath.IsAbs(root) {
 		root = filepath.Join(t.Bundle, root)
 	}
 	files := s.files()
 	base := key(t.ID, "")
-	if err := files.Add(base+"/rootfs", root, share.Options{Recursive: true}); err != nil {
-		return nil, nil, fmt.Errorf("share the root file system: %w", err)
+	if r.Rootfs, err = s.giveRoot(ctx, t.ID, root); err != nil {
+		return nil, err
 	}
-	spec.Root.Path = filepath.Join(guest.ShareDir, base, "rootfs")
+	spec.Root.Path = filepath.Join(guest.ShareDir, base, "rootfs") // unless the guest has it otherwise
 	mounted := mountPoints()
 	for i := range spec.Mounts {
 		source := spec.Mounts[i].Source
 		if err := shareMount(files, base, i, &spec.Mounts[i]); err != nil {
-			return nil, nil, err
+			return nil, err
 		}
 		for _, point := range mounted {
 			if rest, beneath := strings.CutPrefix(point, source+"/"); beneath && slices.Contains(spec.Mounts[i].Options, "rbind") {
-				submounts = append(submounts, filepath.Join(spec.Mounts[i].Source, rest))
+				r.Submounts = append(r.Submounts, filepath.Join(spec.Mounts[i].Source, rest))
 			}
 		}
 	}
 	if err := s.limitTask(t.ID, spec.Linux.Resources); err != nil {
-		return nil, nil, err
+		return nil, err
+	}
+	volumes, err := takeDevices(spec.Linux)
+	if err != nil {
+		return nil, err
+	}
+	if r.Disks, err = s.plugVolumes(ctx, t.ID, volumes); err != nil {
+		return nil, err
 	}
 	if err := s.adaptLinux(t, spec); err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	adaptProcess(spec.Process)
 	spec.Version, spec.Hostname, spec.Domainname, spec.Hooks = guestVersion, "", "", nil
-	config, err = json.Marshal(spec)
-	return config, submounts, err
+	r.Config, err = json.Marshal(spec)
+	return r, err
+}
+
+// giveRoot gives the guest a root file system: what it is made of where the
+// handler says so, or else as a shared folder.
+func (s *sandbox) giveRoot(ctx context.Context, task, root string) (*guestv1.Rootfs, error) {
+	if s.record().Mkfs != "" {
+		r, found, err := s.plugRoot(ctx, task, root)
+		if found || err != nil {
+			return r, err
+		}
+		s.backend.log.Info("root file system is shared: it is no overlay of layers", "task", task, "rootfs", root)
+	}
+	if err := s.files().Add(key(task, "")+"/rootfs", root, share.Options{Recursive: true}); err != nil {
+		return nil, fmt.Errorf("share the root file system: %w", err)
+	}
+	return nil, nil
 }
 
 // readSpec reads the configuration that a client wrote into the bundle.
@@ -123,8 +148,11 @@ func shareMount(files *share.FS, base string, i int, m *specs.Mount) error {
 	return nil
 }
 
-// unshareTask takes a task's files away from the machine.
-func (s *sandbox) unshareTask(t *host.TaskSpec) error {
+// unshareTask takes a task's files and disks away from the machine.
+func (s *sandbox) unshareTask(ctx context.Context, t *host.TaskSpec) error {
+	if err := s.releaseDisks(ctx, t.ID); err != nil {
+		return err
+	}
 	files := s.files()
 	if files == nil {
 		return nil
@@ -161,18 +189,10 @@ func (s *sandbox) adaptLinux(t *host.TaskSpec, spec *specs.Spec) error {
 	// Guests have cgroup v2, where a container sees its own cgroup alone,
 	// whatever the node has.
 	l.Namespaces = append(kept, specs.LinuxNamespace{Type: specs.CgroupNamespace})
-	l.Devices = slices.DeleteFunc(l.Devices, func(d specs.LinuxDevice) bool { return !inEveryKernel(d) })
 	if l.Resources != nil {
 		adaptResources(l.Resources)
 	}
 	return nil
-}
-
-// inEveryKernel tells of devices that have no hardware behind them.
-func inEveryKernel(d specs.LinuxDevice) bool {
-	const memory, terminals, misc = 1, 5, 10
-	const fuse, tun = 229, 200
-	return d.Type == "c" && (d.Major == memory || d.Major == terminals || d.Major == misc && (d.Minor == fuse || d.Minor == tun))
 }
 
 // adaptResources takes out what names the node's processors, memory nodes and

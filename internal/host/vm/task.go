@@ -87,7 +87,7 @@ func (b *Backend) launch(ctx context.Context, t *host.TaskSpec, streams host.Str
 			err = errors.Join(err, b.Delete(context.WithoutCancel(ctx), t))
 		}
 	}()
-	config, submounts, err := s.shareTask(t)
+	r, err := s.shareTask(ctx, t)
 	if err != nil {
 		return st, err
 	}
@@ -95,10 +95,10 @@ func (b *Backend) launch(ctx context.Context, t *host.TaskSpec, streams host.Str
 	if err != nil {
 		return st, err
 	}
-	st.Console = console
+	st.Console, r.Streams, r.Run = console, ports, run
 	var resp *guestv1.LaunchResponse
 	if err := s.call(ctx, func(ctx context.Context, g guestv1.GuestService) (err error) {
-		resp, err = g.Launch(ctx, &guestv1.LaunchRequest{Task: t.ID, Config: config, Run: run, Streams: ports, Submounts: submounts})
+		resp, err = g.Launch(ctx, r)
 		return err
 	}); err != nil {
 		return st, err
@@ -293,7 +293,7 @@ func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
 	if ended(s.machine()) {
 		err = nil // everything in it went with it
 	}
-	return errors.Join(err, s.unshareTask(t), unmountRootfs(t))
+	return errors.Join(err, s.unshareTask(ctx, t), unmountRootfs(t))
 }
 
 // onTask calls the guest about a task.

@@ -26,6 +26,7 @@ import (
 	"syscall"
 
 	"github.com/containerd/errdefs"
+	"golang.org/x/sync/singleflight"
 
 	"cloister.dev/internal/host"
 	"cloister.dev/internal/host/proc"
@@ -40,6 +41,8 @@ type Backend struct {
 	ctx     context.Context // ends with Close
 	cancel  context.CancelFunc
 	workers sync.WaitGroup
+
+	images singleflight.Group // of layers that are being made
 
 	mu        sync.Mutex
 	sandboxes map[string]*sandbox

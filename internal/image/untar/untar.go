@@ -233,7 +233,7 @@ func (x *extraction) fits(size int64) error {
 		return nil
 	}
 	if free := st.Bavail * uint64(st.Bsize); uint64(size) > free {
-		return fmt.Errorf("file of %d bytes where %d are free: %w", size, free, errdefs.ErrResourceExhausted)
+		return fmt.Errorf("file of %d bytes, and the disk has space for %d: %w", size, free, errdefs.ErrResourceExhausted)
 	}
 	return nil
 }

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cloister.dev/internal/network"
+	"cloister.dev/internal/osutil"
 )
 
 // Leases are kept in a journal: one line for each lease taken or given back,
@@ -73,15 +74,15 @@ func openLeases(dir string, subnets []netip.Prefix) (*leases, error) {
 		lock.Close()
 		return nil, fmt.Errorf("leases in %s are in use by another process, give each instance its own state folder: %w", dir, errors.Join(err, errdefs.ErrUnavailable))
 	}
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	boot, err := osutil.BootID()
 	if err != nil {
 		lock.Close()
-		return nil, fmt.Errorf("read boot id: %w", err)
+		return nil, err
 	}
 	slots := slotsOf(subnets)
 	l := &leases{
 		subnets: subnets,
-		path:    filepath.Join(dir, journalName), boot: string(bytes.TrimSpace(boot)), lock: lock,
+		path:    filepath.Join(dir, journalName), boot: boot, lock: lock,
 		slots: slots, used: make([]uint64, (slots+63)/64), next: firstSlot, byID: map[string]lease{},
 	}
 	if err := l.read(); err != nil {

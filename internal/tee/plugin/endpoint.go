@@ -44,10 +44,12 @@ type endpoint struct {
 
 	streams atomic.Int32  // that are open
 	poke    chan struct{} // something may have changed; holds one
+	came    chan struct{} // kubelet made its socket; holds one
 
-	mu   sync.Mutex // guards what follows
-	now  *offer
-	link link
+	writing sync.Mutex // held while the offer and its CDI specification are replaced, before mu
+	mu      sync.Mutex // guards what follows
+	now     *offer
+	link    link
 }
 
 // offer is what kubelet is told, until it is outdated.
@@ -70,7 +72,7 @@ type link struct {
 }
 
 func newEndpoint(p *Plugin, r tee.ResourceState) *endpoint {
-	e := &endpoint{p: p, name: r.Name, poke: make(chan struct{}, 1), link: link{Since: time.Now()}}
+	e := &endpoint{p: p, name: r.Name, poke: make(chan struct{}, 1), came: make(chan struct{}, 1), link: link{Since: time.Now()}}
 	e.socket = filepath.Join(p.o.Dir, "cloister-"+flat(r.Name)+".sock")
 	e.update(r)
 	return e
@@ -79,9 +81,12 @@ func newEndpoint(p *Plugin, r tee.ResourceState) *endpoint {
 // flat makes a file name, or a CDI class, of a resource name.
 func flat(resource string) string { return strings.NewReplacer("/", "-", ".", "-").Replace(resource) }
 
-func (e *endpoint) nudge() {
+func (e *endpoint) nudge() { put(e.poke) }
+
+// put leaves a token, unless there is one.
+func put(c chan<- struct{}) {
 	select {
-	case e.poke <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }
@@ -94,6 +99,8 @@ func (e *endpoint) current() *offer {
 
 // update replaces the offer when there is something new to tell.
 func (e *endpoint) update(r tee.ResourceState) {
+	e.writing.Lock()
+	defer e.writing.Unlock()
 	old := e.current()
 	if old != nil && sameOffer(old.state, r) {
 		return
@@ -121,6 +128,8 @@ func (e *endpoint) update(r tee.ResourceState) {
 // retryCDI writes the specification that could not be written, as when the
 // folder was full.
 func (e *endpoint) retryCDI() {
+	e.writing.Lock()
+	defer e.writing.Unlock()
 	now := e.current()
 	if !now.cdiLost {
 		return
@@ -134,9 +143,7 @@ func (e *endpoint) retryCDI() {
 	next.cdi, next.cdiLost = kind, false
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.now == now { // nothing newer came meanwhile
-		e.now = &next
-	}
+	e.now = &next
 }
 
 // sameOffer tells whether two states look the same to kubelet and containers.
@@ -180,7 +187,7 @@ func (e *endpoint) run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-time.After(wait):
-		case <-e.poke:
+		case <-e.came: // our own socket comes and goes with each attempt
 		}
 		wait = min(2*wait, lastRetry)
 	}

@@ -140,9 +140,13 @@ func (p *Plugin) watchOnce(ctx context.Context) error {
 			return nil
 		case e := <-w.Events:
 			if e.Has(fsnotify.Create) || e.Has(fsnotify.Remove) {
+				kubelet := filepath.Base(e.Name) == filepath.Base(p.kubeletSocket())
 				for _, x := range p.all() {
-					if e.Name == x.socket || filepath.Base(e.Name) == "kubelet.sock" {
+					if kubelet || e.Name == x.socket {
 						x.nudge()
+					}
+					if kubelet && e.Has(fsnotify.Create) {
+						put(x.came)
 					}
 				}
 			}

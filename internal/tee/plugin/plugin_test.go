@@ -125,6 +125,23 @@ func (b *bed) offered(t testing.TB, resource string, n int) {
 	b.until(t, fmt.Sprintf("%d healthy units of %s", n, resource), 20*time.Second, func() bool { return b.healthy(resource) == n })
 }
 
+// A kubelet that takes no plugin, or has gone and left its socket, is not asked
+// more often than now and then.
+func TestFailedRegistrationsAreSpaced(t *testing.T) {
+	b := newBed(t, memory(2), Options{})
+	b.mu.Lock()
+	b.refuse = errors.New("not this one")
+	b.mu.Unlock()
+	b.kubelet.start(t)
+	time.Sleep(2 * time.Second)
+	b.mu.Lock()
+	n := b.registers
+	b.mu.Unlock()
+	if most := 8; n == 0 || n > most { // 100 ms, 200 ms, 400 ms, …
+		t.Errorf("%d registrations in two seconds, not 1 to %d", n, most)
+	}
+}
+
 func TestOfferAndAllocate(t *testing.T) {
 	b := newBed(t, memory(20), Options{})
 	b.kubelet.start(t)

@@ -52,7 +52,7 @@ type helper struct {
 	said    *words
 	done    chan struct{} // closed when the process is gone
 	options *Options      // to be sent with the first question
-	once    sync.Once
+	killed  bool
 }
 
 func startHelper(path string, o Options) (*helper, error) {
@@ -140,12 +140,21 @@ func (h *helper) kill() {
 	h.from.Close()
 }
 
-// end makes sure that the helper is gone and gives its last words.
+// endTime bounds the wait for a killed helper. One that waits in the kernel, as
+// in a driver that hangs, does not die before that lets it go.
+const endTime = 2 * time.Second
+
+// end kills the helper, waits a while until it is gone, and gives its last words.
 func (h *helper) end() string {
-	h.once.Do(func() {
+	if !h.killed {
+		h.killed = true
 		h.kill()
-		<-h.done
-	})
+	}
+	select {
+	case <-h.done:
+	case <-time.After(endTime):
+		return "; " + h.stuck()
+	}
 	last := ""
 	if s := h.cmd.ProcessState; s != nil {
 		last = " (" + s.String() + ")"
@@ -154,6 +163,10 @@ func (h *helper) end() string {
 		last += ": " + said
 	}
 	return last
+}
+
+func (h *helper) stuck() string {
+	return fmt.Sprintf("process %d was killed and does not end, it waits in the kernel", h.cmd.Process.Pid)
 }
 
 // words keeps what a program printed since it was asked: the beginning, as a

@@ -117,9 +117,13 @@ func (c *Client) Memory(ctx context.Context) (Memory, error) {
 		return Memory{}, fmt.Errorf("wait for the question before this one: %w", ctx.Err())
 	}
 	defer func() { c.turn <- h }()
-	if h != nil && h.ended() {
+	switch {
+	case h == nil:
+	case h.ended():
 		h.end()
 		h = nil
+	case h.killed: // a second one would hang as well
+		return Memory{}, fmt.Errorf("the TEE hangs: %s: %w", h.stuck(), errdefs.ErrUnavailable)
 	}
 	if h == nil {
 		path, err := c.o.program()
@@ -133,9 +137,7 @@ func (c *Client) Memory(ctx context.Context) (Memory, error) {
 	}
 	reply, err := h.ask(ctx, request{Op: opMemory})
 	if err != nil {
-		err = fmt.Errorf("%w%s", err, h.end())
-		h = nil
-		return Memory{}, err
+		return Memory{}, fmt.Errorf("%w%s", err, h.end())
 	}
 	if reply.Error != nil {
 		return Memory{}, reply.Error
@@ -152,6 +154,6 @@ func (c *Client) Close() error {
 	if h != nil {
 		h.end()
 	}
-	c.turn <- nil
+	c.turn <- h
 	return nil
 }

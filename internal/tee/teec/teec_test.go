@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -128,6 +129,82 @@ func TestHangBesideOthers(t *testing.T) {
 	if took := time.Since(start); took > 5*time.Second {
 		t.Errorf("ten callers took %v", took)
 	}
+}
+
+// A helper that waits in the kernel does not die when it is killed. Who asks
+// learns that in time, no second one is started, and all is well once it is gone.
+func TestHelperThatCannotBeKilled(t *testing.T) {
+	const hierarchy = "/sys/fs/cgroup/freezer" // of cgroup v1, which holds back even SIGKILL
+	if _, err := os.Stat(filepath.Join(hierarchy, "cgroup.procs")); err != nil || os.Geteuid() != 0 {
+		t.Skip("needs root and the freezer of cgroup v1, which stands in for a driver that hangs")
+	}
+	group := filepath.Join(hierarchy, "cl-teec-"+filepath.Base(t.TempDir())+strconv.Itoa(os.Getpid()))
+	if err := os.Mkdir(group, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	write := func(file, text string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(group, file), []byte(text), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(func() {
+		if err := os.Remove(group); err != nil {
+			t.Error(err)
+		}
+	})
+	lib := teectest.Build(t)
+	c := lib.Client(t)
+	if _, err := c.Memory(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	helpers := processes(t, lib.Options().Program)
+	if len(helpers) != 1 {
+		t.Fatalf("helpers are %v", helpers)
+	}
+	write("cgroup.procs", helpers[0])
+	write("freezer.state", "FROZEN")
+	defer write("freezer.state", "THAWED")
+	for _, want := range []string{"no answer in time", "the TEE hangs"} {
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		start := time.Now()
+		_, err := c.Memory(ctx)
+		cancel()
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), helpers[0]) {
+			t.Errorf("got %v", err)
+		}
+		if took := time.Since(start); took > 10*time.Second {
+			t.Errorf("the answer took %v", took)
+		}
+	}
+	if now := processes(t, lib.Options().Program); len(now) != 1 {
+		t.Errorf("helpers are %v", now)
+	}
+	write("freezer.state", "THAWED")
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		_, err := c.Memory(t.Context())
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("afterwards: %v", err)
+		}
+	}
+}
+
+// processes lists those of a program.
+func processes(t *testing.T, program string) (pids []string) {
+	t.Helper()
+	links, err := filepath.Glob("/proc/[0-9]*/exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if exe, err := os.Readlink(l); err == nil && exe == program {
+			pids = append(pids, filepath.Base(filepath.Dir(l)))
+		}
+	}
+	return pids
 }
 
 func TestBadOptions(t *testing.T) {

@@ -40,9 +40,11 @@ type Machine interface {
 	RemovePort(ctx context.Context, name string) error
 	Ports(ctx context.Context) ([]string, error)
 	// AddDisk and RemoveDisk change the disks; a disk that is not there is
-	// success for the latter.
+	// success for the latter, and so is one that was added by half. Disks lists
+	// the IDs of all.
 	AddDisk(ctx context.Context, d Disk) error
 	RemoveDisk(ctx context.Context, id string) error
+	Disks(ctx context.Context) ([]string, error)
 	// Resize asks for another size and gives the size that was reached; the
 	// guest has to bring new processors up, and to give memory back when it is
 	// asked for it. A machine without MaxSize answers errdefs.ErrNotImplemented.

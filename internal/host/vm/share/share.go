@@ -34,6 +34,10 @@ type Config struct {
 	// Cgroups are folders of cgroups, as in machine.Config.
 	Cgroups []string
 	Cache   string // "auto" (one second), "always" or "never"; empty: auto
+	// Overlays has the guest put overlay file systems on folders of the share: it
+	// is told that trusted attributes do not exist, rather than that they are
+	// forbidden, which an overlay copies a file without.
+	Overlays bool
 	// ExtraArgs are added to virtiofsd's command line.
 	ExtraArgs []string
 }

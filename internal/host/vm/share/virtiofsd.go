@@ -89,6 +89,9 @@ func Attach(reaper *proc.Reaper, s State) *FS {
 // open one here.
 const maxFiles = 1 << 20
 
+// withoutTrusted is virtiofsd's way to say that there are no trusted attributes.
+const withoutTrusted = "xattrmap=:unsupported:all:trusted.:trusted.::ok:all:::"
+
 // arguments speaks the language of the virtiofsd that it is: QEMU's own, in C,
 // up to version 7, or the one in Rust that took its place.
 func arguments(c Config) ([]string, error) {
@@ -105,6 +108,9 @@ func arguments(c Config) ([]string, error) {
 	args := []string{"--fd=3", "--rlimit-nofile=" + files}
 	if !inC {
 		args = append(args, "--shared-dir="+root, "--sandbox=namespace", "--cache="+cache, "--announce-submounts", "--xattr")
+		if c.Overlays {
+			args = append(args, "--"+withoutTrusted)
+		}
 		return append(args, c.ExtraArgs...), nil
 	}
 	if cache == "never" {
@@ -114,6 +120,9 @@ func arguments(c Config) ([]string, error) {
 		return nil, fmt.Errorf("the path %q holds a comma or a backslash, which virtiofsd does not take: %w", root, errdefs.ErrInvalidArgument)
 	}
 	args = append(args, "-f", "-o", "source="+root+",sandbox=namespace,cache="+cache+",announce_submounts,xattr")
+	if c.Overlays {
+		args = append(args, "-o", withoutTrusted)
+	}
 	return append(args, c.ExtraArgs...), nil
 }
 

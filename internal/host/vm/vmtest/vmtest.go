@@ -55,28 +55,13 @@ func QEMU(t testing.TB) string {
 	return path
 }
 
-// Guest builds the guest, once for all tests of the project.
+// Guest builds the guest whose first program Session talks with, once for all
+// tests of the project.
 func Guest(t testing.TB) image.Guest {
 	t.Helper()
 	QEMU(t)
-	if _, err := exec.LookPath("apt-get"); err != nil {
-		t.Skip("the guest's kernel is a Debian package, and there is no apt-get here")
-	}
-	if _, err := exec.LookPath("crun"); err != nil {
-		t.Skip("crun is not installed: test/setup oci")
-	}
-	cache := filepath.Join(Top(), ".cache", "guests")
-	if err := os.MkdirAll(cache, 0o755); err != nil {
-		t.Fatal(err)
-	}
-	lock, err := os.Create(filepath.Join(cache, "lock"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		t.Fatal(err)
-	}
+	cache := guestCache(t)
+	defer lock(t, cache)()
 	agent := filepath.Join(cache, "testinit")
 	cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", agent, "./internal/host/vm/vmtest/testinit")
 	cmd.Dir = Top()
@@ -88,11 +73,54 @@ func Guest(t testing.TB) image.Guest {
 	if g, err := image.Open(cache, name); err == nil {
 		return g
 	}
-	g, err := image.Build(t.Context(), image.BuildOptions{Root: cache, Name: name, Agent: agent, Cache: filepath.Join(cache, "packages")})
+	return buildGuest(t, cache, name, agent)
+}
+
+// GuestOf builds a guest with an agent, for one test.
+func GuestOf(t testing.TB, agent string) image.Guest {
+	t.Helper()
+	QEMU(t)
+	defer lock(t, guestCache(t))()
+	return buildGuest(t, t.TempDir(), "of-a-test", agent)
+}
+
+// lock keeps other tests out of the cache.
+func lock(t testing.TB, cache string) (unlock func()) {
+	t.Helper()
+	f, err := os.Create(filepath.Join(cache, "lock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		f.Close()
+		t.Fatal(err)
+	}
+	return func() { f.Close() }
+}
+
+func buildGuest(t testing.TB, root, name, agent string) image.Guest {
+	t.Helper()
+	g, err := image.Build(t.Context(), image.BuildOptions{Root: root, Name: name, Agent: agent, Cache: filepath.Join(guestCache(t), "packages")})
 	if err != nil {
 		t.Fatal(err)
 	}
 	return g
+}
+
+// guestCache is the folder of what is made or fetched once.
+func guestCache(t testing.TB) string {
+	t.Helper()
+	if _, err := exec.LookPath("apt-get"); err != nil {
+		t.Skip("the guest's kernel is a Debian package, and there is no apt-get here")
+	}
+	if _, err := exec.LookPath("crun"); err != nil {
+		t.Skip("crun is not installed: test/setup oci")
+	}
+	cache := filepath.Join(Top(), ".cache", "guests")
+	if err := os.MkdirAll(cache, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return cache
 }
 
 // digest tells guests apart that were made of other programs.
