@@ -117,7 +117,7 @@ func (s *Shim) Connect() {
 	if s.client != nil {
 		s.client.Close()
 	}
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(2 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(2 * time.Millisecond) {
 		c, err := net.Dial("unix", filepath.Join(s.Dir, "shim.sock"))
 		if err == nil {
 			s.conn = c
@@ -190,7 +190,9 @@ func (s *Shim) end() {
 	}
 	sandboxes, _ := os.ReadDir(filepath.Join(s.Dir, "sandboxes"))
 	for _, id := range sandboxes {
-		_, _ = s.Sandbox.ShutdownSandbox(s.ctx(), &sandboxapi.ShutdownSandboxRequest{SandboxID: id.Name()})
+		if _, err := s.Sandbox.ShutdownSandbox(s.ctx(), &sandboxapi.ShutdownSandboxRequest{SandboxID: id.Name()}); err != nil {
+			s.t.Errorf("shut sandbox %s down: %v", id.Name(), err)
+		}
 	}
 	s.client.Close()
 	out, err := exec.Command(filepath.Join(s.bin, "cloister-shim"), "stop", "--state", s.Dir, "--force").CombinedOutput()

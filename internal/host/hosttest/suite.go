@@ -68,9 +68,11 @@ func (s *Shim) sub(f func(*Shim)) func(*testing.T) {
 	return func(t *testing.T) {
 		own := *s
 		own.t = t
+		defer func() { // a test that gives up has left a shim to take down, too
+			s.client, s.conn, s.keeper = own.client, own.conn, own.keeper
+			s.Task, s.Sandbox, s.Host = own.Task, own.Sandbox, own.Host
+		}()
 		f(&own)
-		s.client, s.conn, s.keeper = own.client, own.conn, own.keeper
-		s.Task, s.Sandbox, s.Host = own.Task, own.Sandbox, own.Host
 	}
 }
 

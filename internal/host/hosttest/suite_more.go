@@ -233,9 +233,10 @@ func (s *Shim) each(n int, f func(int)) {
 // testKillServer kills the serving process again and again while containers
 // write; no line is lost or doubled, and every status is right.
 func testKillServer(s *Shim) {
-	const n, lines = 8, 4000
+	const n = 8
+	lines := s.on.lines(4000)
 	for i := range n {
-		s.Run(Container{ID: fmt.Sprintf("ks-%d", i), Args: []string{"lines", itoa(lines), "300", itoa(uint32(40 + i))}, Options: onStart})
+		s.Run(Container{ID: fmt.Sprintf("ks-%d", i), Args: []string{"lines", strconv.Itoa(lines), "300", itoa(uint32(40 + i))}, Options: onStart})
 	}
 	for range 10 {
 		time.Sleep(60 * time.Millisecond) // at any moment
@@ -307,8 +308,8 @@ func testKillServerDuringStarts(s *Shim) {
 // testKillAll kills keeper and server: running containers go on, and what
 // they write is not lost.
 func testKillAll(s *Shim) {
-	const lines = 4000
-	s.Run(Container{ID: "ka", Args: []string{"lines", itoa(lines), "300", "21"}, Options: &hostv1.TaskOptions{RunOnStart: true, Stdin: true}})
+	lines := s.on.lines(4000)
+	s.Run(Container{ID: "ka", Args: []string{"lines", strconv.Itoa(lines), "300", "21"}, Options: &hostv1.TaskOptions{RunOnStart: true, Stdin: true}})
 	for range 5 {
 		time.Sleep(60 * time.Millisecond)
 		s.KillAll()
@@ -323,7 +324,8 @@ func testKillAll(s *Shim) {
 // testKillKeeper kills the keeper alone; the server gets itself another one,
 // which holds what the first one held.
 func testKillKeeper(s *Shim) {
-	s.Run(Container{ID: "kk", Args: []string{"lines", "3000", "300", "22"}, Options: onStart})
+	lines := s.on.lines(3000)
+	s.Run(Container{ID: "kk", Args: []string{"lines", strconv.Itoa(lines), "300", "22"}, Options: onStart})
 	for range 3 {
 		old := s.keeperPid()
 		if err := syscall.Kill(old, syscall.SIGKILL); err != nil {
@@ -345,7 +347,7 @@ func testKillKeeper(s *Shim) {
 	if r := s.Wait("kk"); r.ExitStatus != 22 || r.StatusUnknown {
 		s.t.Errorf("%v", r)
 	}
-	s.CheckLines("kk", 3000)
+	s.CheckLines("kk", lines)
 	s.Remove("kk")
 }
 

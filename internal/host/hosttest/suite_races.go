@@ -222,7 +222,8 @@ func testLogGone(s *Shim) {
 	}
 	path := filepath.Join(dir, "log")
 	log := &hostv1.Log{Path: path, MaxLineBytes: 16384}
-	said := func(text string) func() bool {
+	tty := filepath.Join(dir, "tty")
+	said := func(path, text string) func() bool {
 		return func() bool {
 			b, _ := os.ReadFile(path)
 			return strings.Contains(string(b), text)
@@ -230,11 +231,12 @@ func testLogGone(s *Shim) {
 	}
 	s.Run(Container{ID: "lg", Args: []string{"lines", "100000", "5000"}, Options: &hostv1.TaskOptions{RunOnStart: true, Log: log}})
 	s.Run(Container{ID: "lg-tty", Args: []string{"trap", "7"}, Terminal: true, Options: &hostv1.TaskOptions{RunOnStart: true,
-		Log: &hostv1.Log{Path: filepath.Join(dir, "tty"), MaxLineBytes: 16384}}})
+		Log: &hostv1.Log{Path: tty, MaxLineBytes: 16384}}})
 	if _, err := s.Host.OpenIO(s.ctx(), &hostv1.OpenIORequest{Id: "lg-pump", Log: &hostv1.Log{Path: filepath.Join(dir, "pump"), MaxLineBytes: 16384}}); err != nil {
 		s.t.Fatal(err)
 	}
-	s.await("output", said("out 3 "))
+	s.await("output", said(path, "out 3 "))
+	s.await("the handler of signals", said(tty, "ready"))
 	if err := os.Rename(dir, dir+".away"); err != nil {
 		s.t.Fatal(err)
 	}
@@ -247,7 +249,7 @@ func testLogGone(s *Shim) {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		s.t.Fatal(err)
 	}
-	s.await("a log", said("stdout F out "))
+	s.await("a log", said(path, "stdout F out "))
 	s.kill("lg-tty", syscall.SIGTERM)
 	if r := s.Wait("lg-tty"); r.ExitStatus != 7 {
 		s.t.Errorf("%v", r)

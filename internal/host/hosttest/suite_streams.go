@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -357,8 +358,8 @@ func testStdinOnce(s *Shim) {
 func testSlowClient(s *Shim) {
 	f := s.fifos("slow")
 	defer f.close()
-	const n = 20000
-	if err := s.Create(Container{ID: "slow", Args: []string{"lines", "20000", "0", "6"}, Options: onStart}); err != nil {
+	n := s.on.lines(20000)
+	if err := s.Create(Container{ID: "slow", Args: []string{"lines", strconv.Itoa(n), "0", "6"}, Options: onStart}); err != nil {
 		s.t.Fatal(err)
 	}
 	s.attach("slow", f)
@@ -377,7 +378,8 @@ func testSlowClient(s *Shim) {
 }
 
 func testReopenLog(s *Shim) {
-	s.Run(Container{ID: "rot", Args: []string{"lines", "3000", "200", "0"}, Options: onStart})
+	n := s.on.lines(3000)
+	s.Run(Container{ID: "rot", Args: []string{"lines", strconv.Itoa(n), "200", "0"}, Options: onStart})
 	var parts []string
 	for i := range 5 {
 		s.await("some lines", func() bool {
@@ -405,6 +407,6 @@ func testReopenLog(s *Shim) {
 	if err := os.WriteFile(s.LogPath("rot"), all, 0o600); err != nil {
 		s.t.Fatal(err)
 	}
-	s.CheckLines("rot", 3000)
+	s.CheckLines("rot", n)
 	s.Remove("rot")
 }

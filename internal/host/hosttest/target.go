@@ -51,6 +51,15 @@ func (on Target) parallel() int {
 	return 50
 }
 
+// lines is how many lines a test writes where n are meant for the node's speed.
+// An emulated machine wakes up for some hundred in a second.
+func (on Target) lines(n int) int {
+	if on.Machine != nil {
+		return n / 16
+	}
+	return n
+}
+
 // need is what a test takes for granted.
 type need int
 

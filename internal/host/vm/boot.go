@@ -210,21 +210,26 @@ func line(text string) string {
 // consoleLines is how much of the console an error carries.
 const consoleLines = 50
 
+// endTime is how long a machine that answers no more may take to be gone.
+const endTime = 2 * time.Second
+
 // explain adds why a machine did not come up.
 func (s *sandbox) explain(ctx context.Context, err error) error {
 	m := s.machine()
 	console := lastLines(m.Console(context.WithoutCancel(ctx)), consoleLines)
-	select {
-	case <-m.Done():
-		var cause error = errdefs.ErrUnavailable
-		if strings.Contains(console, guest.NoTimer) {
-			cause = errNoTimer
+	gone := time.NewTimer(endTime)
+	defer gone.Stop()
+	if late := errors.Is(err, context.DeadlineExceeded); late && !ended(m) {
+		err = fmt.Errorf("the guest did not answer in time; its kernel and initrd may not fit this machine type, or boot_timeout is too short: %w", err)
+	} else {
+		select {
+		case <-m.Done(): // the connection breaks a little before
+			err = fmt.Errorf("the virtual machine ended before it was up (%s): %w", m.Exit().Reason, errdefs.ErrUnavailable)
+		case <-gone.C:
 		}
-		err = fmt.Errorf("the virtual machine ended before it was up (%s): %w", m.Exit().Reason, cause)
-	default:
-		if errors.Is(err, context.DeadlineExceeded) {
-			err = fmt.Errorf("the guest did not answer in time; its kernel and initrd may not fit this machine type, or boot_timeout is too short: %w", err)
-		}
+	}
+	if strings.Contains(console, guest.NoTimer) {
+		err = fmt.Errorf("%w: %w", errNoTimer, err)
 	}
 	if console == "" {
 		return fmt.Errorf("%w; its console is empty", err)
