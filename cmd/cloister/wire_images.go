@@ -26,7 +26,7 @@ func imageOptions(cfg config.Config, log *slog.Logger) image.Options {
 		LayerFetchBuffer:       cfg.Images.ConcurrentLayerFetchBuffer,
 		ProgressTimeout:        cfg.Images.ImagePullProgressTimeout.Duration,
 		DiscardUnpackedLayers:  cfg.Images.DiscardUnpackedLayers,
-		SyncFS:                 cfg.Images.ImagePullWithSyncFS, Log: log,
+		SyncFS:                 cfg.Images.ImagePullWithSyncFS || cfg.Plugins.Differs.SyncFS, Log: log,
 	}
 	for _, ref := range cfg.Images.PinnedImages {
 		o.Pinned = append(o.Pinned, ref)

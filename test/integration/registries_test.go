@@ -77,7 +77,7 @@ func startDebianRegistry(t *testing.T, o debianOptions) *debianRegistry {
 		t.Fatal(err)
 	}
 	t.Cleanup(r.stop)
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}} //nolint:gosec // a question whether it is up
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}}
 	eventually(t, 20*time.Second, "docker-registry answers", func() bool {
 		resp, err := client.Get(r.url() + "/v2/")
 		if err != nil {

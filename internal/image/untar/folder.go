@@ -51,7 +51,7 @@ func (x *extraction) enter(name string) error {
 
 func (x *extraction) open(name string, flags int) (int, error) {
 	how := unix.OpenHow{
-		Flags:   uint64(flags) | unix.O_DIRECTORY | unix.O_CLOEXEC, //nolint:gosec // flags are constants
+		Flags:   uint64(flags) | unix.O_DIRECTORY | unix.O_CLOEXEC,
 		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
 	}
 	for {

@@ -228,9 +228,12 @@ func named(what string, err error) error {
 // fits refuses a file that the file system has no room for before it is written:
 // a sparse one has its size in a few bytes.
 func (x *extraction) fits(size int64) error {
-	var st unix.Statfs_t
-	if size < largeFile || unix.Fstatfs(x.at.fd, &st) != nil {
+	if size < largeFile {
 		return nil
+	}
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(x.at.fd, &st); err != nil {
+		return fmt.Errorf("ask for free space: %w", err)
 	}
 	if free := st.Bavail * uint64(st.Bsize); uint64(size) > free {
 		return fmt.Errorf("file of %d bytes, and the disk has space for %d: %w", size, free, errdefs.ErrResourceExhausted)
