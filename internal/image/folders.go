@@ -329,12 +329,14 @@ func (s *Store) collectFolders(ctx context.Context) error {
 	for _, img := range s.List() {
 		needed[img.ChainID] = true
 	}
+	var errs []error
 	for _, b := range s.bases.idle(needed) {
 		if err := s.snapshotters[snapshotterOverlay].Remove(ctx, b.name); err != nil && !errdefs.IsNotFound(err) {
-			return fmt.Errorf("remove a base of root file systems: %w", err)
+			// It has its label, so the next start tries again.
+			errs = append(errs, fmt.Errorf("remove base %s of root file systems: %w", b.name, err))
 		}
 	}
-	return nil
+	return errors.Join(errs...)
 }
 
 func (s *Store) folderUsage(ctx context.Context, key string) (snapshots.Usage, error) {

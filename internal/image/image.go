@@ -152,7 +152,6 @@ type RootfsOptions struct {
 	// carry containerd's "uidmap=" and "gidmap=" options, which core/mount
 	// turns into id-mapped lower layers.
 	UIDs, GIDs []specs.LinuxIDMapping
-	Labels     map[string]string
 	// Volatile drops fsync of the upper layer. Such a file system can be
 	// mounted once only; overlayfs refuses it afterwards.
 	Volatile bool

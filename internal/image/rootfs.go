@@ -116,9 +116,6 @@ func (s *Store) PrepareRootfs(ctx context.Context, key string, img Image, o Root
 		return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
 	}
 	labels := map[string]string{}
-	for k, v := range o.Labels {
-		labels[k] = v
-	}
 	if len(o.UIDs) > 0 || len(o.GIDs) > 0 {
 		if err := s.idLabels(labels, name, o.UIDs, o.GIDs); err != nil {
 			return nil, fmt.Errorf("root file system %s: %w", quoted(key), err)
@@ -128,7 +125,7 @@ func (s *Store) PrepareRootfs(ctx context.Context, key string, img Image, o Root
 	if volatile {
 		labels[labelVolatile] = "1"
 	}
-	if name == snapshotterOverlay && img.ChainID != "" && len(o.UIDs) == 0 && len(o.Labels) == 0 {
+	if name == snapshotterOverlay && img.ChainID != "" && len(o.UIDs) == 0 {
 		return s.make(ctx, key, img, func(ctx context.Context) ([]mount.Mount, error) {
 			return s.prepareFolder(ctx, key, img, volatile)
 		})
