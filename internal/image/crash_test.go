@@ -13,11 +13,13 @@ import (
 	"testing"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/go-digest"
 )
 
 const (
 	crashRoot = "CLOISTER_IMAGE_CRASH_ROOT"
 	crashRef  = "CLOISTER_IMAGE_CRASH_REF"
+	crashBlob = "CLOISTER_IMAGE_CRASH_BLOB"
 )
 
 // TestCrashChild is the daemon that TestKilledPull kills; alone it does nothing.
@@ -30,12 +32,16 @@ func TestCrashChild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = s.Pull(context.Background(), PullRequest{Ref: ref, Progress: func(p Progress) {
-		if l := p.Layers[0]; l.State != LayerWaiting && l.State != LayerDownloading {
-			fmt.Println("first layer is there")
-		}
-	}})
-	fmt.Println("pull ended:", err)
+	go func() {
+		_, err := s.Pull(context.Background(), PullRequest{Ref: ref})
+		fmt.Println("pull ended:", err)
+	}()
+	waitFor(t, "the first layer", func() bool {
+		_, err := s.content.Info(s.ctx, digest.Digest(os.Getenv(crashBlob)))
+		return err == nil
+	})
+	fmt.Println("first layer is there")
+	select {} // until it is killed
 }
 
 // TestKilledPull kills the process while a layer is half there: a new one must
@@ -68,8 +74,12 @@ func TestKilledPull(t *testing.T) {
 		<-r.Context().Done()
 		return true
 	})
+	blob, err := first.Digest()
+	if err != nil {
+		t.Fatal(err)
+	}
 	child := exec.Command(os.Args[0], "-test.run=^TestCrashChild$", "-test.v")
-	child.Env = append(os.Environ(), crashRoot+"="+root, crashRef+"="+ref)
+	child.Env = append(os.Environ(), crashRoot+"="+root, crashRef+"="+ref, crashBlob+"="+blob.String())
 	out, err := child.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -86,17 +96,18 @@ func TestKilledPull(t *testing.T) {
 			lines <- sc.Text()
 		}
 	}()
+	there := false
 	for l := range lines {
-		if strings.HasPrefix(l, "first layer is there") {
+		if there = strings.HasPrefix(l, "first layer is there"); there {
 			break
 		}
+		t.Log(l)
+	}
+	if !there {
+		t.Fatal("the child ended before it was killed")
 	}
 	<-half
-	waitFor(t, "the first layer and half of the second on disk", func() bool {
-		digest, err := first.Digest()
-		if err != nil || len(glob(root+"/content/blobs/sha256/"+digest.Hex)) == 0 {
-			return false
-		}
+	waitFor(t, "half of the second layer on disk", func() bool {
 		var n int64
 		for _, dir := range glob(root + "/content/ingest/*/data") {
 			if fi, err := os.Stat(dir); err == nil {
@@ -140,6 +151,29 @@ func TestKilledPull(t *testing.T) {
 		return len(glob(root+"/content/blobs/sha256/*")) == 0 && len(glob(root+"/content/ingest/*")) == 0 &&
 			len(glob(root+"/snapshots/overlayfs/snapshots/*")) == 0
 	})
+}
+
+// TestNamelessBeginnings: a kill in the middle of making or removing the folder
+// of a blob leaves one that the content store does not see.
+func TestNamelessBeginnings(t *testing.T) {
+	root := t.TempDir()
+	begun := filepath.Join(root, "content/ingest")
+	for _, dir := range []string{"empty", "half", "whole"} {
+		if err := os.MkdirAll(filepath.Join(begun, dir), 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for file, text := range map[string]string{"half/data": "x", "half/ref": "", "whole/ref": "k8s.io/1/layer-sha256:0", "whole/data": "x", "refetch-1": "x"} {
+		if err := os.WriteFile(filepath.Join(begun, file), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	openStore(t, func(o *Options) { o.Root = root })
+	for _, name := range []string{"empty", "half", "refetch-1"} {
+		if _, err := os.Lstat(filepath.Join(begun, name)); !os.IsNotExist(err) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
 }
 
 func glob(pattern string) []string {

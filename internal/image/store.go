@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -173,6 +174,9 @@ func (s *Store) openMetadata() error {
 	}
 	s.db = metadata.NewDB(s.bolt, cs, s.snapshotters)
 	s.closers = append(s.closers, s.db)
+	if err := s.dropNameless(); err != nil {
+		return err
+	}
 	if err := s.db.Init(s.ctx); err != nil {
 		return fmt.Errorf("initialise %s: %w", path, err)
 	}
@@ -180,6 +184,31 @@ func (s *Store) openMetadata() error {
 	s.images = metadata.NewImageStore(s.db)
 	s.leases = metadata.NewLeaseManager(s.db)
 	s.snapshotters = s.db.Snapshotters()
+	return nil
+}
+
+// dropNameless removes what lies among the begun blobs without saying of which
+// it is the beginning, which a kill leaves: the content store sees no such
+// folder, and never collects it. It wants the store for itself.
+func (s *Store) dropNameless() error {
+	begun := filepath.Join(s.contentDir(), "ingest")
+	entries, err := os.ReadDir(begun)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	for _, e := range entries {
+		dir := filepath.Join(begun, e.Name())
+		ref, err := os.Stat(filepath.Join(dir, "ref"))
+		if err == nil && ref.Size() > 0 {
+			continue
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			return fmt.Errorf("remove the beginning of a blob: %w", err)
+		}
+	}
 	return nil
 }
 
