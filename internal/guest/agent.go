@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/types/known/anypb"
 	"google.golang.org/protobuf/types/known/emptypb"
 
@@ -41,6 +40,7 @@ type Agent struct {
 type task struct {
 	spec host.TaskSpec
 	op   sync.Mutex // held while the container is changed
+	held []held     // guarded by op
 
 	// Agent.mu guards the rest.
 	processes map[string]*process // by exec id, "" is init
@@ -111,7 +111,9 @@ func (a *Agent) Launch(ctx context.Context, r *guestv1.LaunchRequest) (*guestv1.
 		a.mu.Lock()
 		delete(a.tasks, r.Task)
 		a.mu.Unlock()
-		return nil, errors.Join(err, removeTask(dir))
+		err = errors.Join(err, removeTask(dir))
+		letGo(t.held)
+		return nil, err
 	}
 	return &guestv1.LaunchResponse{Pid: uint32(p.Pid)}, nil
 }
@@ -120,19 +122,16 @@ func (a *Agent) launch(ctx context.Context, t *task, r *guestv1.LaunchRequest) (
 	if err := os.MkdirAll(t.spec.Dir, 0o700); err != nil {
 		return nil, err
 	}
+	var err error
+	if t.held, err = hold(r.Submounts); err != nil {
+		return nil, err
+	}
 	config, err := a.adapt(ctx, t.spec.Dir, r)
 	if err != nil {
 		return nil, err
 	}
 	if err := os.WriteFile(filepath.Join(t.spec.Bundle, "config.json"), config, 0o600); err != nil {
 		return nil, err
-	}
-	for _, path := range r.Submounts {
-		// The dot is within, so the kernel mounts what the host announces there.
-		var st unix.Stat_t
-		if err := unix.Stat(path+"/.", &st); err != nil {
-			a.log.Debug("mount beneath a shared folder not seen", "path", path, "err", err)
-		}
 	}
 	start := a.backend.Create
 	if r.Run {
@@ -300,10 +299,12 @@ func (a *Agent) Delete(ctx context.Context, r *guestv1.TaskRequest) (*emptypb.Em
 		for _, p := range processes {
 			p.release()
 		}
+		err := removeTask(t.spec.Dir)
+		letGo(t.held)
 		// What the kernel remembers of the container's files keeps them busy on
 		// the host; that it cannot be forgotten harms nobody.
 		_ = os.WriteFile("/proc/sys/vm/drop_caches", []byte("2"), 0)
-		return removeTask(t.spec.Dir)
+		return err
 	})
 	if errdefs.IsNotFound(err) {
 		err = nil

@@ -20,8 +20,6 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	continuityfs "github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
-
-	"cloister.dev/internal/osutil"
 )
 
 // On overlayfs the files that a container writes are in a folder of ours, not
@@ -47,7 +45,6 @@ type bases struct {
 	mu      sync.Mutex // guards the fields and those of each base; never held across I/O
 	byChain map[string]*base
 	byName  map[string]*base
-	boot    string // of the machine, the present one
 }
 
 type base struct {
@@ -61,7 +58,6 @@ type base struct {
 // folder is what about.json keeps of a root file system.
 type folder struct {
 	Base     string `json:"base"`
-	Boot     string `json:"boot"` // of the machine, in which it was made
 	Volatile bool   `json:"volatile,omitempty"`
 }
 
@@ -118,10 +114,6 @@ func (s *Store) folder(key string) string {
 // stand on.
 func (s *Store) loadFolders(ctx context.Context) error {
 	s.bases.byChain, s.bases.byName = map[string]*base{}, map[string]*base{}
-	var err error
-	if s.bases.boot, err = osutil.BootID(); err != nil {
-		return err
-	}
 	if err := os.MkdirAll(filepath.Join(s.foldersDir(), trashName), 0o700); err != nil {
 		return fmt.Errorf("make the folder of root file systems: %w", err)
 	}
@@ -150,13 +142,6 @@ func (s *Store) loadFolders(ctx context.Context) error {
 	return nil
 }
 
-// FormerRootfs lists the keys of root file systems that were made before the
-// machine last started. The removal of a folder is not synced: a power cut may
-// bring one back whose container is gone.
-func (s *Store) FormerRootfs() []string {
-	return s.roots.folders(func(r root) bool { return r.old })
-}
-
 // readFolder tells of a root file system of an earlier life. One that a crash
 // left unfinished has no base and can only be removed.
 func (s *Store) readFolder(key string) root {
@@ -170,7 +155,7 @@ func (s *Store) readFolder(key string) root {
 		s.log.Warn("root file system is not whole", "key", key, "error", err)
 		return r
 	}
-	r.volatile, r.old = f.Volatile, f.Boot != s.bases.boot
+	r.volatile = f.Volatile
 	if r.base = s.bases.byName[f.Base]; r.base != nil {
 		r.base.users++
 	}
@@ -200,7 +185,7 @@ func (s *Store) prepareFolder(ctx context.Context, key string, img Image, volati
 		return nil, err
 	}
 	made = true
-	about, err := json.Marshal(folder{Base: b.name, Boot: s.bases.boot, Volatile: volatile})
+	about, err := json.Marshal(folder{Base: b.name, Volatile: volatile})
 	if err != nil {
 		return nil, err
 	}
@@ -346,7 +331,7 @@ func (s *Store) folderUsage(ctx context.Context, key string) (snapshots.Usage, e
 
 // foldersUsage is what all root file systems take.
 func (s *Store) foldersUsage(ctx context.Context) (bytes, inodes uint64, err error) {
-	for _, key := range s.roots.folders(func(root) bool { return true }) {
+	for _, key := range s.roots.folders() {
 		u, err := s.folderUsage(ctx, key)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue

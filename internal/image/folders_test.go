@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 
 	"github.com/containerd/containerd/v2/core/mount"
@@ -131,26 +130,17 @@ func TestFoldersKeepTheirLayers(t *testing.T) {
 	}
 }
 
-// Folders of an earlier boot are told apart; one that was never finished can
-// be removed.
-func TestFormerFolders(t *testing.T) {
+// A folder that was never finished can be removed.
+func TestUnfinishedFolders(t *testing.T) {
 	r := newRegistry(t)
 	root := t.TempDir()
 	open := func() *Store { return openStore(t, func(o *Options) { o.Root = root }) }
 	s := open()
 	img := mustPull(t, s, r.push(t, "app", "1", imageOf(t, nil, fileLayer(t, "f", []byte("x")))))
-	for _, key := range []string{"now", "former", "unfinished/one"} {
+	for _, key := range []string{"whole", "unfinished/one"} {
 		if _, err := s.PrepareRootfs(t.Context(), key, img, RootfsOptions{}); err != nil {
 			t.Fatal(err)
 		}
-	}
-	about := filepath.Join(s.folder("former"), aboutName)
-	data, err := os.ReadFile(about)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(about, []byte(strings.ReplaceAll(string(data), s.bases.boot, "another")), 0o600); err != nil {
-		t.Fatal(err)
 	}
 	if err := os.Remove(filepath.Join(s.folder("unfinished/one"), aboutName)); err != nil {
 		t.Fatal(err)
@@ -159,22 +149,17 @@ func TestFormerFolders(t *testing.T) {
 		t.Fatal(err)
 	}
 	s = open()
-	if got := s.FormerRootfs(); !slices.Equal(got, []string{"former"}) {
-		t.Errorf("of an earlier boot are %v", got)
-	}
 	if _, err := s.RootfsMounts(t.Context(), "unfinished/one"); !errdefs.IsNotFound(err) {
 		t.Errorf("mounts of an unfinished one: %v", err)
 	}
-	for _, key := range []string{"former", "unfinished/one"} {
-		dir := s.folder(key)
-		if err := s.RemoveRootfs(t.Context(), key); err != nil {
-			t.Error(err)
-		}
-		if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("%s: %v", key, err)
-		}
+	dir := s.folder("unfinished/one")
+	if err := s.RemoveRootfs(t.Context(), "unfinished/one"); err != nil {
+		t.Error(err)
 	}
-	if got, err := s.Rootfs(t.Context()); err != nil || !slices.Equal(got, []string{"now"}) {
+	if _, err := os.Stat(dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Error(err)
+	}
+	if got, err := s.Rootfs(t.Context()); err != nil || !slices.Equal(got, []string{"whole"}) {
 		t.Errorf("left are %v, %v", got, err)
 	}
 }

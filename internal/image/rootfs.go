@@ -33,7 +33,6 @@ type root struct {
 	volatile    bool
 	folder      bool  // its files are in a folder, see folders.go
 	base        *base // of a folder that is whole
-	old         bool  // a folder from before the machine last started
 }
 
 func (r *roots) get(key string) (root, bool) {
@@ -59,11 +58,11 @@ func (r *roots) delete(key string) bool {
 }
 
 // folders lists the keys of root file systems that are folders of some kind.
-func (r *roots) folders(kind func(root) bool) (keys []string) {
+func (r *roots) folders() (keys []string) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	for key, v := range r.byKey {
-		if v.folder && kind(v) {
+		if v.folder {
 			keys = append(keys, key)
 		}
 	}

@@ -80,7 +80,7 @@ func (s *Service) startContainer(ctx context.Context, sb *sandbox, c *container)
 		c.onShim.Store(true) // where what was made of it could not be removed
 		return errors.Join(fmt.Errorf("start container %q: %w", cfg.Metadata.Name, err), s.noteFailedStart(c, err))
 	}
-	if err := s.changeContainer(c, func(r *containerRecord) { r.Phase, r.Pid, r.StartedAt = running, pid, started }); err != nil {
+	if err := s.noteContainer(c, func(r *containerRecord) { r.Phase, r.Pid, r.StartedAt = running, pid, started }); err != nil {
 		// Nobody would watch a container that runs and counts as created.
 		c.onShim.Store(true)
 		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), shimTime)

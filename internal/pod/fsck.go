@@ -129,14 +129,16 @@ func (s *Service) knownIDs() (map[string]bool, error) {
 	for _, c := range s.index.allContainers() {
 		known[c.get().ID] = true
 	}
-	for _, b := range []string{sandboxBucket, containerBucket} {
-		ids, err := s.store.ids(b)
-		if err != nil {
-			return nil, err
-		}
-		for _, id := range ids {
-			known[id] = true
-		}
+	stored, err := s.store.ids(sandboxBucket, containerBucket)
+	if err != nil {
+		return nil, err
+	}
+	noted, err := s.store.noted()
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range append(stored, noted...) {
+		known[id] = true
 	}
 	return known, nil
 }

@@ -13,14 +13,20 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// ids lists the ids that have a record, readable or not.
-func (s *store) ids(bucket string) ([]string, error) {
+// ids lists the ids that have a record in the database, readable or not.
+func (s *store) ids(buckets ...string) ([]string, error) {
 	var ids []string
 	err := s.db.View(func(tx *bolt.Tx) error {
-		return tx.Bucket([]byte(bucket)).ForEach(func(k, _ []byte) error {
-			ids = append(ids, string(k))
-			return nil
-		})
+		for _, b := range buckets {
+			err := tx.Bucket([]byte(b)).ForEach(func(k, _ []byte) error {
+				ids = append(ids, string(k))
+				return nil
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 	if err != nil {
 		return nil, fmt.Errorf("list the records of the pod store: %w", err)

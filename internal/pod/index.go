@@ -66,6 +66,7 @@ type container struct {
 	mu   sync.Mutex      // one change at a time
 	rec  containerRecord // guarded by mu
 	gone bool            // its record was deleted; guarded by mu
+	note bool            // its record is noted only; guarded by mu
 	snap atomic.Pointer[containerRecord]
 
 	announced bool // plugins may know of it; guarded by op
@@ -255,6 +256,20 @@ func (s *Service) changeSandbox(sb *sandbox, change func(*sandboxRecord)) error 
 // changeContainer changes the record of a container: on disk first, then for
 // readers. A deleted record is not written again.
 func (s *Service) changeContainer(c *container, change func(*containerRecord)) error {
+	return s.keepChange(c, change, s.storeRecord)
+}
+
+// noteContainer is changeContainer for what need not outlive a power cut; the
+// database follows.
+func (s *Service) noteContainer(c *container, change func(*containerRecord)) error {
+	if err := s.keepChange(c, change, s.noteRecord); err != nil {
+		return err
+	}
+	s.behind.add(c)
+	return nil
+}
+
+func (s *Service) keepChange(c *container, change func(*containerRecord), keep func(*container, *containerRecord) error) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	rec := c.rec
@@ -263,12 +278,45 @@ func (s *Service) changeContainer(c *container, change func(*containerRecord)) e
 	}
 	change(&rec)
 	rec.State = rec.Phase.containerState()
-	if err := s.store.put(containerBucket, rec.ID, rec); err != nil {
+	rec.Rev++
+	if rec.Phase.noted() {
+		keep = s.noteRecord
+	}
+	if err := keep(c, &rec); err != nil {
 		return err
 	}
 	c.rec = rec
 	c.snap.Store(&rec)
 	return nil
+}
+
+// noteRecord notes a record; c.mu is held.
+func (s *Service) noteRecord(c *container, rec *containerRecord) error {
+	if err := s.store.note(rec); err != nil {
+		return err
+	}
+	c.note = true
+	return nil
+}
+
+// storeRecord stores a record, and removes its note; c.mu is held.
+func (s *Service) storeRecord(c *container, rec *containerRecord) error {
+	if err := s.store.put(containerBucket, rec.ID, rec); err != nil {
+		return err
+	}
+	s.dropNote(c)
+	return nil
+}
+
+// dropNote removes the note of a container whose record is stored; c.mu is held.
+func (s *Service) dropNote(c *container) {
+	if !c.note {
+		return
+	}
+	c.note = false
+	if err := s.store.forgetNote(c.rec.ID); err != nil { // the next start sees that it is out of date
+		s.log.Warn("a note that is out of date stays", "container", c.rec.ID, "err", err)
+	}
 }
 
 // deleteSandbox forgets a sandbox of which nothing is left: on disk, then for
@@ -292,6 +340,9 @@ func (s *Service) deleteContainer(c *container) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if err := s.store.delete(containerBucket, c.rec.ID); err != nil {
+		return err
+	}
+	if err := s.store.forgetNote(c.rec.ID); err != nil {
 		return err
 	}
 	c.gone = true

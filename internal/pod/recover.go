@@ -22,7 +22,7 @@ func (s *Service) recover() error {
 	if err != nil {
 		return err
 	}
-	containers, damagedContainers, err := load[containerRecord](s.store, containerBucket)
+	containers, damagedContainers, err := s.store.containers()
 	if err != nil {
 		return err
 	}
@@ -33,13 +33,13 @@ func (s *Service) recover() error {
 	for _, rec := range sandboxes {
 		s.recoverSandbox(rec)
 	}
-	if err := s.dropForgotten(lost); err != nil {
-		return err
-	}
 	byPod := map[string][]*container{}
 	for _, rec := range containers {
 		c := s.recoverRecord(rec)
 		byPod[rec.SandboxID] = append(byPod[rec.SandboxID], c)
+	}
+	if err := s.dropForgotten(lost); err != nil {
+		return err
 	}
 	for _, sb := range s.index.allSandboxes() {
 		cs := byPod[sb.record().ID]
@@ -62,29 +62,27 @@ func (s *Service) recover() error {
 	return nil
 }
 
-// dropForgotten removes root file systems that came back with a power cut after
-// their containers had been removed.
+// dropForgotten removes the files of containers without a record that a power
+// cut left or brought back: no container of this boot is without a bundle.
 func (s *Service) dropForgotten(lost map[string]bool) error {
-	if s.o.Images == nil {
-		return nil
-	}
-	former := s.o.Images.FormerRootfs()
-	if len(former) == 0 {
-		return nil
-	}
 	known, err := s.knownIDs()
 	if err != nil {
 		return err
 	}
-	for _, key := range former {
-		owner := snapshotOwner(key)
-		if owner == "" || known[owner] || lost[owner] {
-			continue
-		}
-		if err := s.o.Images.RemoveRootfs(s.ctx, key); err != nil {
+	for _, list := range []func(context.Context) ([]orphan, error){s.listVolumes, s.listSnapshots} {
+		all, err := list(s.ctx)
+		if err != nil {
 			return err
 		}
-		s.log.Info("root file system of a removed container came back with the machine's end, removed again", "container", owner)
+		for _, o := range all {
+			if _, err := os.Lstat(s.containerDir(o.owner)); known[o.owner] || lost[o.owner] || !errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			if err := o.remove(s.ctx); err != nil {
+				return fmt.Errorf("remove %s %s of a container that a power cut took: %w", o.Kind, o.ID, err)
+			}
+			s.log.Info("files of a container that has no record were left by a power cut, removed", "kind", o.Kind, "container", o.owner)
+		}
 	}
 	return nil
 }

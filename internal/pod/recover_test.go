@@ -174,7 +174,7 @@ func TestAFullDiskEndsNoContainerTwice(t *testing.T) {
 		t.Fatal(err)
 	}
 	working := m.store
-	broken, err := openStore(filepath.Join(t.TempDir(), "pods.db"))
+	broken, err := openStore(filepath.Join(t.TempDir(), "pods.db"), t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}

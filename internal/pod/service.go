@@ -69,6 +69,7 @@ type Service struct {
 	stats stats
 
 	attempts attempts
+	behind   *behind
 	forwards atomic.Uint64 // names of sockets
 
 	ctx    context.Context // ends with the service; creations run on it
@@ -83,22 +84,23 @@ func Open(o Options) (*Service, error) {
 	for _, d := range []struct {
 		path string
 		mode os.FileMode
-	}{{o.Root, 0o700}, {o.State, 0o711}, {filepath.Join(o.State, "pods"), 0o711}, {filepath.Join(o.State, "containers"), 0o711}} {
+	}{{o.Root, 0o700}, {o.State, 0o711}, {filepath.Join(o.State, "pods"), 0o711}, {filepath.Join(o.State, "containers"), 0o711}, {filepath.Join(o.State, "notes"), 0o700}} {
 		if err := os.MkdirAll(d.path, d.mode); err != nil {
 			return nil, fmt.Errorf("prepare the daemon's folders: %w", err)
 		}
 	}
-	st, err := openStore(filepath.Join(o.Root, "pods.db"))
+	st, err := openStore(filepath.Join(o.Root, "pods.db"), filepath.Join(o.State, "notes"))
 	if err != nil {
 		return nil, err
 	}
-	s := &Service{o: o, log: o.Log, store: st, hub: newHub()}
+	s := &Service{o: o, log: o.Log, store: st, hub: newHub(), behind: newBehind()}
 	s.index.init()
 	s.attempts.init()
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	if err := s.recover(); err != nil {
 		return nil, errors.Join(fmt.Errorf("recover the pods of an earlier daemon: %w", err), s.Close())
 	}
+	s.work.Go(s.followNotes)
 	return s, nil
 }
 

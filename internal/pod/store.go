@@ -43,6 +43,7 @@ type containerRecord struct {
 	Hash   string
 	Phase  phase
 	Signal string // asks the container to end, as oci.ParseSignal reads it
+	Rev    uint64 // how often it was changed
 }
 
 type idMapping struct{ Container, Host, Length uint32 }
@@ -52,12 +53,14 @@ const (
 	containerBucket = "containers"
 )
 
-// store is pods.db: one record an id, each change a synced transaction.
+// store is pods.db: one record an id, each change a synced transaction; and
+// beside it the notes, see notes.go.
 type store struct {
-	db *bolt.DB
+	db    *bolt.DB
+	notes string // folder
 }
 
-func openStore(path string) (*store, error) {
+func openStore(path, notes string) (*store, error) {
 	db, err := bolt.Open(path, 0o600, &bolt.Options{Timeout: time.Second, FreelistType: bolt.FreelistMapType, NoFreelistSync: true})
 	if errors.Is(err, boltErrors.ErrTimeout) {
 		return nil, fmt.Errorf("%s is in use: another daemon runs with the same root", path)
@@ -77,7 +80,7 @@ func openStore(path string) (*store, error) {
 		db.Close()
 		return nil, fmt.Errorf("prepare %s: %w", path, err)
 	}
-	return &store{db: db}, nil
+	return &store{db: db, notes: notes}, nil
 }
 
 func (s *store) close() error { return s.db.Close() }

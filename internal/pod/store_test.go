@@ -13,7 +13,7 @@ import (
 
 func TestRecordsSurviveTheStore(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "pods.db")
-	s, err := openStore(path)
+	s, err := openStore(path, t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -33,11 +33,11 @@ func TestRecordsSurviveTheStore(t *testing.T) {
 	if err := s.put(containerBucket, "b", ct); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := openStore(path); err == nil {
+	if _, err := openStore(path, t.TempDir()); err == nil {
 		t.Error("a second daemon opened the store that is in use")
 	}
 	s.close()
-	if s, err = openStore(path); err != nil {
+	if s, err = openStore(path, t.TempDir()); err != nil {
 		t.Fatal(err)
 	}
 	defer s.close()

@@ -357,9 +357,11 @@ type LaunchRequest struct {
 	Config  []byte                 `protobuf:"bytes,2,opt,name=config,proto3" json:"config,omitempty"` // config.json
 	Run     bool                   `protobuf:"varint,3,opt,name=run,proto3" json:"run,omitempty"`
 	Streams *Streams               `protobuf:"bytes,4,opt,name=streams,proto3" json:"streams,omitempty"`
-	// Mounts beneath those that the configuration binds. The guest has to look
-	// at them before, or they would be mounted later as the bind mount is, which
-	// may be read-only.
+	// Mounts of the host beneath the shared folder, outer ones first: those that
+	// the configuration binds, and those beneath them. The guest has to mount
+	// them before it runs the container, or they would be mounted later as the
+	// bind mount is, which may be read-only; and to hold them until it has
+	// deleted it. Folders that are none are allowed.
 	Submounts []string `protobuf:"bytes,5,rep,name=submounts,proto3" json:"submounts,omitempty"`
 	// Which disks are devices of the configuration: their numbers are this
 	// machine's to know.

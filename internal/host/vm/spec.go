@@ -42,12 +42,20 @@ func (s *sandbox) shareTask(ctx context.Context, t *host.TaskSpec) (*guestv1.Lau
 		return nil, err
 	}
 	spec.Root.Path = filepath.Join(guest.ShareDir, base, "rootfs") // unless the guest has it otherwise
+	r.Submounts = append(r.Submounts, spec.Root.Path)
+	if r.Rootfs != nil {
+		r.Submounts[0] = filepath.Join(guest.ShareDir, r.Rootfs.Writable)
+	}
 	mounted := mountPoints()
 	for i := range spec.Mounts {
 		source := spec.Mounts[i].Source
 		if err := shareMount(files, base, i, &spec.Mounts[i]); err != nil {
 			return nil, err
 		}
+		if spec.Mounts[i].Source == source || spec.Mounts[i].Source == guest.ShmDir {
+			continue
+		}
+		r.Submounts = append(r.Submounts, spec.Mounts[i].Source)
 		for _, point := range mounted {
 			if rest, beneath := strings.CutPrefix(point, source+"/"); beneath && slices.Contains(spec.Mounts[i].Options, "rbind") {
 				r.Submounts = append(r.Submounts, filepath.Join(spec.Mounts[i].Source, rest))

@@ -200,7 +200,8 @@ var skipped = [...]string{"crypto_kdf108_init", "init_kprobe_trace", "load_syste
 func (c *Config) kernelParams(tsc uint64) []string {
 	p := []string{"console=ttyS0", "quiet", "cloister.machine=" + c.Type,
 		// A panic prints the whole log, which was quiet before, and ends the machine.
-		"panic=-1", "panic_print=32", "reboot=t",
+		// So does a bug in the kernel, after which calls might never be answered.
+		"panic=-1", "panic_print=32", "oops=panic", "reboot=t",
 		"random.trust_cpu=on", "audit=0", "no_timer_check", "cgroup_no_v1=all",
 		// What a kernel does at its start and no guest has use for: tests of
 		// itself, policies that nobody loads, keys of other vendors.

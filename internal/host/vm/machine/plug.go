@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -110,39 +111,52 @@ func (m *qemu) removeChardev(ctx context.Context, id string) error {
 }
 
 func (m *qemu) hasChardev(ctx context.Context, id string) (bool, error) {
+	all, err := m.chardevs(ctx)
+	return slices.Contains(all, id), err
+}
+
+// chardevs lists QEMU's character devices.
+func (m *qemu) chardevs(ctx context.Context) ([]string, error) {
 	b, err := m.ask(ctx, command{Name: "query-chardev"})
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	var all []struct {
 		Label string `json:"label"`
 	}
 	if err := json.Unmarshal(b, &all); err != nil {
-		return false, fmt.Errorf("read QEMU's character devices: %w", err)
+		return nil, fmt.Errorf("read QEMU's character devices: %w", err)
 	}
+	var ids []string
 	for _, c := range all {
-		if c.Label == id {
-			return true, nil
-		}
+		ids = append(ids, c.Label)
 	}
-	return false, nil
+	return ids, nil
 }
 
 func (m *qemu) hasPort(ctx context.Context, name string) bool {
-	all, err := m.Ports(ctx)
-	if err != nil {
-		return true
-	}
-	for _, p := range all {
-		if p == name {
-			return true
-		}
-	}
-	return false
+	all, err := m.devices(ctx, "p-")
+	return err != nil || slices.Contains(all, name)
 }
 
-// Ports is part of Machine.
-func (m *qemu) Ports(ctx context.Context) ([]string, error) { return m.devices(ctx, "p-") }
+// Ports is part of Machine. A port has been there, and may hold its file, as
+// soon as its character device is, even when AddPort was cut off after that.
+func (m *qemu) Ports(ctx context.Context) ([]string, error) {
+	names, err := m.devices(ctx, "p-")
+	if err != nil {
+		return nil, err
+	}
+	ids, err := m.chardevs(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, id := range ids {
+		if name, ok := strings.CutPrefix(id, "c-"); ok && !slices.Contains(names, name) {
+			names = append(names, name)
+		}
+	}
+	return names, nil
+}
 
 // devices lists what was plugged under names with a prefix.
 func (m *qemu) devices(ctx context.Context, prefix string) ([]string, error) {
