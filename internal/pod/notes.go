@@ -35,23 +35,18 @@ func (p phase) noted() bool { return p == creating || p == removing }
 
 func (s *store) notePath(id string) string { return filepath.Join(s.notes, id) }
 
-// note keeps a record in the state folder. It replaces the former note at once.
+// note keeps a record in the state folder. One that is cut off counts as none:
+// nothing has been done about it yet.
 func (s *store) note(rec *containerRecord) error {
 	data, err := json.Marshal(rec)
 	if err != nil {
 		return fmt.Errorf("encode the record of %s: %w", rec.ID, err)
 	}
-	fresh := s.notePath(rec.ID) + freshSuffix
-	if err = os.WriteFile(fresh, data, 0o600); err == nil {
-		err = os.Rename(fresh, s.notePath(rec.ID))
-	}
-	if err != nil {
+	if err := os.WriteFile(s.notePath(rec.ID), data, 0o600); err != nil {
 		return fmt.Errorf("note the record of %s: %w", rec.ID, err)
 	}
 	return nil
 }
-
-const freshSuffix = ".new"
 
 // forgetNote removes a note; an absent one is success.
 func (s *store) forgetNote(id string) error {

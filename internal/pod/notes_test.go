@@ -60,7 +60,7 @@ func TestNotesAndTheStore(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if err := os.WriteFile(s.notePath(newID())+freshSuffix, []byte("{"), 0o600); err != nil {
+			if err := os.WriteFile(s.notePath(newID()), []byte("{"), 0o600); err != nil {
 				t.Fatal(err)
 			}
 			all, bad, err := s.containers()
