@@ -1,9 +1,11 @@
 package machine_test
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -96,6 +98,46 @@ func TestPorts(t *testing.T) {
 	}
 	if ports, err := s.Machine.Ports(t.Context()); err != nil || !slices.Equal(ports, []string{vmtest.ControlPort}) {
 		t.Errorf("ports: %v %v", ports, err)
+	}
+}
+
+// TestPortThatWasCutOff finds a port that whoever added it was killed over: the
+// character device is there, with the file, and no device yet.
+func TestPortThatWasCutOff(t *testing.T) {
+	r := vmtest.Reaper(t)
+	s := vmtest.Boot(t, r, vmtest.Config(t, machine.Microvm))
+	state := s.Machine.State()
+	s.Machine.Close()
+	c, err := net.Dial("unix", filepath.Join(state.Dir, "qmp.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	answers := bufio.NewScanner(c)
+	for _, say := range []string{"", `{"execute": "qmp_capabilities"}`,
+		`{"execute": "chardev-add", "arguments": {"id": "c-cut", "backend": {"type": "null", "data": {}}}}`} {
+		if _, err := io.WriteString(c, say); err != nil {
+			t.Fatal(err)
+		}
+		if !answers.Scan() || strings.Contains(answers.Text(), `"error"`) {
+			t.Fatalf("%s: %s %v", say, answers.Text(), answers.Err())
+		}
+	}
+	c.Close()
+	m, err := machine.Attach(t.Context(), r, state, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Machine = m
+	if ports, err := m.Ports(t.Context()); err != nil || !slices.Contains(ports, "cut") {
+		t.Errorf("ports: %v %v", ports, err)
+	}
+	if err := m.RemovePort(t.Context(), "cut"); err != nil {
+		t.Error(err)
+	}
+	_, w := pipe(t)
+	if err := m.AddPort(t.Context(), machine.Port{Name: "cut", Direction: machine.FromGuest, File: w}); err != nil {
+		t.Errorf("add it again: %v", err)
 	}
 }
 
