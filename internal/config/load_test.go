@@ -14,13 +14,18 @@ import (
 	"github.com/containerd/errdefs"
 )
 
+// write puts a file in its place at once: whoever watches sees no half of it.
 func write(t *testing.T, dir, name, text string) string {
 	t.Helper()
 	path := filepath.Join(dir, name)
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+	fresh := path + ".fresh"
+	if err := os.WriteFile(fresh, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(fresh, path); err != nil {
 		t.Fatal(err)
 	}
 	return path
