@@ -18,8 +18,12 @@ import (
 
 const image = "registry.k8s.io/e2e-test-images/busybox:1.29-2"
 
-// settle is how long a started container may need to install its handlers.
-const settle = 100 * time.Millisecond
+// settle is how long a started container may need to install its handlers, and
+// settleVM where its processor may be emulated.
+const (
+	settle   = 100 * time.Millisecond
+	settleVM = time.Second
+)
 
 // result holds the samples of one subject by operation.
 type result struct {
@@ -225,7 +229,11 @@ func (b *bench) container(ctx context.Context, p pod, parallel int) error {
 	// The first process of a PID namespace does not even notice SIGTERM before
 	// it asked for it, so top gets the time to do so. A faster start would
 	// otherwise be punished with a stop that runs into its time-out.
-	time.Sleep(settle) //nolint:forbidigo // see above
+	wait := settle
+	if b.handler == vmHandler {
+		wait = settleVM
+	}
+	time.Sleep(wait) //nolint:forbidigo // see above
 	err = b.timed(label("container stop", parallel), func() error {
 		_, err := b.node.Runtime.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: id, Timeout: 10})
 		return err
