@@ -122,8 +122,8 @@ func (s *store) readNote(id string) (*containerRecord, error) {
 		return nil, fmt.Errorf("read a note: %w", err)
 	}
 	rec := &containerRecord{}
-	if json.Unmarshal(data, rec) != nil || rec.check(id) != nil {
-		return nil, nil
+	if whole := json.Unmarshal(data, rec) == nil && rec.check(id) == nil; !whole {
+		rec = nil
 	}
 	return rec, nil
 }
