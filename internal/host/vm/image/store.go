@@ -21,10 +21,10 @@ const (
 	manifestFile = "guest.json"
 )
 
-var goodName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
+var goodName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]*$`)
 
 func checkName(name string) error {
-	if !goodName.MatchString(name) {
+	if len(name) > 63 || !goodName.MatchString(name) {
 		return fmt.Errorf("%q is no name for a guest; it has 1 to 63 of a-z, 0-9, dot, dash and underscore: %w", name, errdefs.ErrInvalidArgument)
 	}
 	return nil

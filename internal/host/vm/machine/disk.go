@@ -13,7 +13,7 @@ import (
 )
 
 func (d Disk) check() error {
-	if !goodDisk.MatchString(d.ID) || !filepath.IsAbs(d.Path) {
+	if !goodDisk(d.ID) || !filepath.IsAbs(d.Path) {
 		return fmt.Errorf("disk %q at %q: a disk has an absolute path, and a name of 1 to 20 of a-z, 0-9 and dash: %w", d.ID, d.Path, errdefs.ErrInvalidArgument)
 	}
 	return nil
@@ -60,7 +60,7 @@ func (m *qemu) AddDisk(ctx context.Context, d Disk) error {
 
 // RemoveDisk is part of Machine.
 func (m *qemu) RemoveDisk(ctx context.Context, id string) error {
-	if !goodDisk.MatchString(id) {
+	if !goodDisk(id) {
 		return fmt.Errorf("disk %q: %w", id, errdefs.ErrInvalidArgument)
 	}
 	_, err := m.ask(ctx, command{Name: "device_del", Args: map[string]any{"id": "d-" + id}})
@@ -106,3 +106,5 @@ func (m *qemu) hasNode(ctx context.Context, id string) (bool, error) {
 
 // Disks is part of Machine.
 func (m *qemu) Disks(ctx context.Context) ([]string, error) { return m.devices(ctx, "d-") }
+
+func goodDisk(id string) bool { return consists(id, lower+"-", 20) }

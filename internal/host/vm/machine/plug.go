@@ -13,7 +13,7 @@ import (
 )
 
 func (p Port) check() error {
-	if !goodPort.MatchString(p.Name) || p.File == nil {
+	if !consists(p.Name, lower+".-", 60) || p.File == nil {
 		return fmt.Errorf("port %q: a port has a file, and a name of 1 to 60 of a-z, 0-9, dot and dash: %w", p.Name, errdefs.ErrInvalidArgument)
 	}
 	return nil
