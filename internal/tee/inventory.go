@@ -140,7 +140,7 @@ func (i *Inventory) check(ctx context.Context, b Backend) bool {
 	defer cancel()
 	found, err := b.Scan(call)
 	for _, r := range found {
-		err = errors.Join(err, r.check(), i.taken(b, r.Name))
+		err = errors.Join(err, r.check())
 	}
 	var ailments []Ailment
 	if c, ok := b.(Checker); ok && err == nil {
@@ -149,23 +149,28 @@ func (i *Inventory) check(ctx context.Context, b Backend) bool {
 	if ctx.Err() != nil {
 		return true // the end, not a finding
 	}
+	well, err := i.record(b.Name(), found, ailments, err)
 	if i.o.OnCheck != nil {
 		i.o.OnCheck(b.Name(), time.Since(start), err)
 	}
-	return i.record(b.Name(), found, ailments, err)
+	return well
 }
 
-// taken tells that a resource is another backend's already.
-func (i *Inventory) taken(b Backend, resource string) error {
-	if _, owner, err := i.lookup(resource); err == nil && owner.Name() != b.Name() {
-		return fmt.Errorf("resource %s is one of backend %s; give it another name: %w", resource, owner.Name(), errdefs.ErrAlreadyExists)
+// taken tells that resources are another backend's already; i.mu is held.
+func (i *Inventory) taken(backend string, found []Resource) (err error) {
+	for _, r := range found {
+		if _, owner := i.find(r.Name); owner != nil && owner.Name() != backend {
+			err = errors.Join(err, fmt.Errorf("resource %s is one of backend %s; give it another name: %w", r.Name, owner.Name(), errdefs.ErrAlreadyExists))
+		}
 	}
-	return nil
+	return err
 }
 
-// record lays what was found over what is known.
-func (i *Inventory) record(backend string, found []Resource, ailments []Ailment, err error) bool {
+// record lays what was found over what is known. A resource that another
+// backend has is an error.
+func (i *Inventory) record(backend string, found []Resource, ailments []Ailment, err error) (well bool, _ error) {
 	i.mu.Lock()
+	err = errors.Join(err, i.taken(backend, found))
 	old := i.states[backend]
 	next, changes := advance(old, found, ailments, err, i.o.Recover, time.Now())
 	next.Backend = backend
@@ -186,7 +191,7 @@ func (i *Inventory) record(backend string, found []Resource, ailments []Ailment,
 		c.Backend = backend
 		i.tell(c)
 	}
-	return err == nil && next.well()
+	return err == nil && next.well(), err
 }
 
 func (i *Inventory) tell(c Change) {
@@ -230,14 +235,22 @@ func (i *Inventory) States() ([]State, <-chan struct{}) {
 func (i *Inventory) lookup(resource string) (ResourceState, Backend, error) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
+	if r, b := i.find(resource); b != nil {
+		return r, b, nil
+	}
+	return ResourceState{}, nil, fmt.Errorf("resource %s: %w", resource, errdefs.ErrNotFound)
+}
+
+// find gives a resource's owner, nil when there is none; i.mu is held.
+func (i *Inventory) find(resource string) (ResourceState, Backend) {
 	for _, b := range i.backends {
 		for _, r := range i.states[b.Name()].Resources {
 			if r.Name == resource {
-				return r, b, nil
+				return r, b
 			}
 		}
 	}
-	return ResourceState{}, nil, fmt.Errorf("resource %s: %w", resource, errdefs.ErrNotFound)
+	return ResourceState{}, nil
 }
 
 // Ready tells why a backend cannot be used, or nil when it can: the handlers
