@@ -122,10 +122,7 @@ func (a *Agent) launch(ctx context.Context, t *task, r *guestv1.LaunchRequest) (
 	if err := os.MkdirAll(t.spec.Dir, 0o700); err != nil {
 		return nil, err
 	}
-	var err error
-	if t.held, err = hold(r.Submounts); err != nil {
-		return nil, err
-	}
+	t.held = hold(r.Submounts, a.log)
 	config, err := a.adapt(ctx, t.spec.Dir, r)
 	if err != nil {
 		return nil, err

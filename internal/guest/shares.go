@@ -2,7 +2,7 @@ package guest
 
 import (
 	"errors"
-	"fmt"
+	"log/slog"
 	"os"
 	"slices"
 
@@ -23,22 +23,19 @@ type held struct {
 	dir  *os.File // in it, so that it stays where its mount is taken away
 }
 
-// hold mounts what the host announces at paths; outer ones come first. What is
-// no folder, or not there, is nobody's to unmount.
-func hold(paths []string) ([]held, error) {
-	var all []held
+// hold mounts what the host announces at paths; outer ones come first. What
+// cannot be looked into is the container's to stumble over, if it ever does.
+func hold(paths []string, log *slog.Logger) (all []held) {
 	for _, path := range paths {
 		// The dot is within, so the kernel mounts what is announced there.
 		fd, err := unix.Open(path+"/.", unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-		if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ENOENT) {
-			continue
+		if err == nil {
+			all = append(all, held{path, os.NewFile(uintptr(fd), path)})
+		} else if !errors.Is(err, unix.ENOTDIR) {
+			log.Warn("file system of the host is not held", "path", path, "err", err)
 		}
-		if err != nil {
-			return all, fmt.Errorf("look into %s of the host: %w", path, err)
-		}
-		all = append(all, held{path, os.NewFile(uintptr(fd), path)})
 	}
-	return all, nil
+	return all
 }
 
 // letGo unmounts file systems that no process uses any more.
