@@ -110,6 +110,7 @@ func (x *execution) start(ctx context.Context) (pid int, err error) {
 		return 0, err
 	}
 	st, err := x.task.host.backend.Exec(ctx, &x.task.rec.Spec, rec.ID, rec.Process, s, x.exited)
+	x.task.making.Done()
 	if err != nil {
 		x.update(func(r *execRecord) { r.Phase = phaseCreated })
 		x.endUnmade()
@@ -131,8 +132,9 @@ func (x *execution) start(ctx context.Context) (pid int, err error) {
 	return st.Pid, nil
 }
 
-// claim notes that the process is about to be made. Who opens streams waits
-// for their reader, and the exec may be deleted meanwhile.
+// claim notes that the process is about to be made, and keeps the task's folder
+// until the caller is done with that. Who opens streams waits for their reader,
+// and the exec may be deleted meanwhile.
 func (x *execution) claim() error {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -148,6 +150,7 @@ func (x *execution) claim() error {
 		return err
 	}
 	x.rec = starting
+	x.task.making.Add(1)
 	return nil
 }
 

@@ -30,6 +30,8 @@ type task struct {
 	term  *clientTerminal // with the client's FIFOs and a terminal
 	execs map[string]*execution
 	gone  bool   // deleted
+	// making are the execs that the backend is at; it writes to dir meanwhile.
+	making sync.WaitGroup
 	ended *event // the exit is known and its output is in the log, or there was no process
 }
 
@@ -283,6 +285,7 @@ func (t *task) remove(ctx context.Context) error {
 	}
 	t.host.store.Clear(keptName(t.rec.Spec.ID))
 	t.host.forget(t)
+	t.making.Wait() // not for long: what they are made in has ended
 	if err := os.RemoveAll(t.dir); err != nil {
 		return fmt.Errorf("remove the task's folder: %w", err)
 	}

@@ -34,7 +34,7 @@ func (p programs) options(subject, hosts string) testnode.Options {
 		Runtime: testnode.Cloister, Bin: p.cloister, Hosts: hosts,
 		CNIBin:   filepath.Join(p.anchors, "cni"),
 		Default:  handlerOf(subject),
-		LogLevel: "warn",
+		LogLevel: "warn", MemoryState: true,
 	}
 	runc := filepath.Join(p.anchors, "runc")
 	switch subject {

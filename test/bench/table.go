@@ -45,7 +45,7 @@ func table(out io.Writer, set settings, results map[string]*result) bool {
 	fmt.Fprintf(out, "\ntimes in ms, memory in MB (proportional set size of daemon and shims); ratio is p50 against containerd's.\n"+
 		"containerd v2.4.2 and runc v1.5.2 built from their modules; %d pods, %d containers, %d images in %d turns;\n"+
 		"lists with %d containers created, not started; %d pulls of each large image, each into an empty store; their peak\n"+
-		"memory is the daemon's greatest resident size.\n", set.Pods, set.Containers, set.Images, set.Rounds, set.List, set.Pulls)
+		"memory is the daemon's greatest resident size; state folders in memory, as /run is.\n", set.Pods, set.Containers, set.Images, set.Rounds, set.List, set.Pulls)
 	return all
 }
 

@@ -11,6 +11,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"text/template"
+
+	"golang.org/x/sys/unix"
 )
 
 // configuration is containerd's version 3 file, which Cloister reads too.
@@ -52,6 +54,8 @@ default_runtime_name = "{{.Default}}"
 runtime_type = "io.containerd.runc.v2"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{{$name}}.options]
 BinaryName = "{{$binary}}"
+{{if $.Runtimes}}Root = "{{$.Runtimes}}"
+{{end -}}
 {{end}}
 {{- range $name, $shim := .Shims}}
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.{{$name}}]
@@ -102,6 +106,15 @@ func (n *Node) configure() error {
 			return err
 		}
 	}
+	runtimes := ""
+	if n.opts.MemoryState {
+		if err := unix.Mount("tmpfs", n.State(), "tmpfs", 0, "mode=711"); err != nil {
+			return fmt.Errorf("mount the state folder: %w", err)
+		}
+		if n.opts.Runtime == Containerd {
+			runtimes = filepath.Join(n.State(), "runtimes")
+		}
+	}
 	if n.opts.Network == "cni" {
 		if err := os.WriteFile(filepath.Join(cniConf, "10-test.conflist"), n.conflist(subnets), 0o644); err != nil {
 			return err
@@ -132,12 +145,12 @@ func (n *Node) configure() error {
 	}
 	var buf bytes.Buffer
 	err = configuration.Execute(&buf, struct {
-		Root, State, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Stream, Guests string
-		Subnets, GuestOptions                                                                 []string
-		Handlers, Shims                                                                       map[string]string
-		Cloister, Extra                                                                       bool
+		Root, State, Runtimes, Socket, Hosts, CNIBin, CNIConf, Default, Network, Bridge, Stream, Guests string
+		Subnets, GuestOptions                                                                           []string
+		Handlers, Shims                                                                                 map[string]string
+		Cloister, Extra                                                                                 bool
 	}{
-		n.Root(), n.State(), n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, n.streamAddress(), n.opts.Guests,
+		n.Root(), n.State(), runtimes, n.Socket, n.opts.Hosts, n.opts.CNIBin, cniConf, def, n.opts.Network, n.bridge, n.streamAddress(), n.opts.Guests,
 		subnets, n.opts.GuestOptions, handlers, n.opts.Shims, n.opts.Runtime == Cloister, n.opts.Extra != "",
 	})
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -70,6 +71,9 @@ type Options struct {
 	// instead of deleting it. For minutes after many files were deleted ext4 makes
 	// new ones slowly, which would count against whoever is measured next.
 	Trash string
+	// MemoryState mounts a tmpfs on the state folder, as /run is one on nodes, and
+	// has containerd's OCI runtimes keep their state there as Cloister's do.
+	MemoryState bool
 	// LogLevel of the daemon, by default info.
 	LogLevel string
 	// Extra is a further configuration file, of version 3, which is laid over
@@ -280,6 +284,11 @@ func (n *Node) Close() error {
 		n.log.Close()
 	}
 	errs = append(errs, n.sweep())
+	if n.opts.MemoryState {
+		if err := unix.Unmount(n.State(), unix.MNT_DETACH); err != nil && !errors.Is(err, unix.EINVAL) {
+			errs = append(errs, fmt.Errorf("unmount the state folder: %w", err))
+		}
+	}
 	switch {
 	case os.Getenv("KEEP") != "":
 		fmt.Fprintln(os.Stderr, "kept", n.Dir)
