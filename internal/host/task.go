@@ -29,10 +29,10 @@ type task struct {
 	pidfd *os.File
 	term  *clientTerminal // with the client's FIFOs and a terminal
 	execs map[string]*execution
-	gone  bool   // deleted
+	gone  bool // deleted
 	// making are the execs that the backend is at; it writes to dir meanwhile.
 	making sync.WaitGroup
-	ended *event // the exit is known and its output is in the log, or there was no process
+	ended  *event // the exit is known and its output is in the log, or there was no process
 }
 
 func (h *Host) newTask(rec taskRecord) *task {

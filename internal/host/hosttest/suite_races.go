@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -108,17 +109,23 @@ func (s *Shim) running(program string) (n int) {
 	return n
 }
 
-// descriptors counts the open files of the keeper and the serving process.
-func (s *Shim) descriptors() (n int) {
+// descriptors lists the open files of the keeper and the serving process.
+func (s *Shim) descriptors() (open []string) {
 	s.t.Helper()
 	for _, pid := range []int{s.keeperPid(), s.ServerPid()} {
-		fds, err := os.ReadDir("/proc/" + strconv.Itoa(pid) + "/fd")
+		dir := "/proc/" + strconv.Itoa(pid) + "/fd"
+		fds, err := os.ReadDir(dir)
 		if err != nil {
 			s.t.Fatal(err)
 		}
-		n += len(fds)
+		for _, fd := range fds {
+			if to, err := os.Readlink(filepath.Join(dir, fd.Name())); err == nil {
+				open = append(open, fmt.Sprintf("%d %s", pid, to))
+			}
+		}
 	}
-	return n
+	slices.Sort(open)
+	return open
 }
 
 // testRemoveWhileExecStarts: a container is removed while the runtime starts
@@ -130,7 +137,7 @@ func testRemoveWhileExecStarts(s *Shim) {
 	named.Binary = g.path
 	f := s.fifos("re")
 	defer f.close()
-	var before int
+	var before, after []string
 	for round := range 4 { // the first one warms up
 		id := "re-" + strconv.Itoa(round)
 		named.Run(Container{ID: id, Args: []string{"sleep", "100"}, Options: onStart, Spec: func(sp *specs.Spec) {
@@ -159,7 +166,12 @@ func testRemoveWhileExecStarts(s *Shim) {
 			before = s.descriptors()
 		}
 	}
-	s.await("descriptors are closed", func() bool { return s.descriptors() <= before })
+	defer func() {
+		if s.t.Failed() {
+			s.t.Logf("open before:\n%s\nafter:\n%s", strings.Join(before, "\n"), strings.Join(after, "\n"))
+		}
+	}()
+	s.await("descriptors are closed", func() bool { after = s.descriptors(); return len(after) <= len(before) })
 }
 
 // runs tells whether a process with these arguments is alive.
@@ -196,7 +208,7 @@ func testOpenIOEndsFirst(s *Shim) {
 		_, _ = s.Host.CloseIO(s.ctx(), &hostv1.CloseIORequest{Id: "of"}) // absent when a close came last
 	}
 	round()
-	before := s.descriptors()
+	before := len(s.descriptors())
 	for range 100 {
 		round()
 		r, err := s.Host.OpenIO(s.ctx(), open)
@@ -209,7 +221,7 @@ func testOpenIOEndsFirst(s *Shim) {
 	}
 	_, _ = s.Host.CloseIO(s.ctx(), &hostv1.CloseIORequest{Id: "of"})
 	const idle = 4 // two pipes that wait for the next use
-	s.await("descriptors are closed", func() bool { return s.descriptors() <= before+idle })
+	s.await("descriptors are closed", func() bool { return len(s.descriptors()) <= before+idle })
 }
 
 // testLogGone: the folder of a container's log cannot be written when a killed
