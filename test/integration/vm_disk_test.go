@@ -199,7 +199,8 @@ func TestMachineBlockDeviceQ35(t *testing.T) {
 	writeAt(t, disk, "from the node")
 	p := runMachine(t, n)
 	c := p.idle(device(disk, "/dev/xvda", "rw"))
-	c.says(map[string]string{"head -c 13 /dev/xvda": "from the node", "printf inside >/dev/xvda && echo done": "done"})
+	c.says(map[string]string{"head -c 13 /dev/xvda": "from the node"})
+	c.says(map[string]string{"printf inside >/dev/xvda && echo done": "done"})
 	p.remove() // the machine ends with the container in it
 	if got := readAt(t, disk, 13, 0); got != "insidehe node" {
 		t.Errorf("the node reads %q", got)

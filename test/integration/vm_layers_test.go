@@ -81,7 +81,7 @@ func TestMachineLayersAreDisks(t *testing.T) {
 		{"head -c 3000000 /dev/zero >/large && wc -c </large", "3000000"},
 		{"echo appended >>/etc/group && tail -n 1 /etc/group", "appended"},
 		{"ls /sys/block | grep -c sd", fmt.Sprint(len(layers))},
-		{"touch /a && test /a -nt /etc/group && echo newer; stat -c %Y /bin/ls|wc -l", "newer\n1"},
+		{"touch -d '2001-01-01 00:00' /old && touch /a && test /a -nt /old && echo newer; stat -c %Y /bin/ls|wc -l", "newer\n1"},
 	} {
 		if got := c.run(told[0]); got != told[1] {
 			t.Errorf("%s: %q, not %q", told[0], got, told[1])
