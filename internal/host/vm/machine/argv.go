@@ -53,9 +53,9 @@ const (
 	alnum = lower + "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 )
 
-// consists tells whether s has 1 to limit bytes, all of them of those in set. A
-// regular expression with such bounds takes a third of a millisecond to compile
-// at every start of this program, and ten in an emulated guest.
+// consists tells whether s has 1 to limit bytes, all of them of those in set.
+// Seven regular expressions with such bounds took 1.4 ms to compile, at every
+// start of this program and so of every guest.
 func consists(s, set string, limit int) bool {
 	return s != "" && len(s) <= limit && strings.Trim(s, set) == ""
 }
