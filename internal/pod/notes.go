@@ -27,8 +27,10 @@ import (
 //
 // A record and a note have numbers, and the higher one is right.
 
-// behindTime is how long the database may be behind the notes.
-const behindTime = 200 * time.Millisecond
+const (
+	behindTime = 200 * time.Millisecond // how long the database may be behind the notes
+	retryTime  = 10 * time.Second       // and longer by, after it could not be written
+)
 
 // noted tells whether a record of that phase is noted, not stored.
 func (p phase) noted() bool { return p == creating || p == removing }
@@ -171,7 +173,7 @@ func (s *Service) followNotes() {
 		pause = behindTime
 		if err != nil {
 			s.log.Error("records of running containers are only noted, trying again", "containers", len(cs), "err", err)
-			pause = min(50*pause, 10*time.Second)
+			pause = retryTime
 			s.behind.add(cs...)
 		}
 		if s.ctx.Err() != nil {

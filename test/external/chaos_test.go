@@ -12,6 +12,8 @@ import (
 	"time"
 
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"cloister.dev/test/testnode"
 )
 
 // TestChaos kills the daemon and external shims in the middle of whatever
@@ -104,41 +106,6 @@ func (i impatient) pod(cfg *cri.PodSandboxConfig) {
 
 // container asks for things of a container side by side.
 func (i impatient) container(id string) {
-	r := i.m.Runtime
-	calls := []func(context.Context) error{
-		func(ctx context.Context) error {
-			_, err := r.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: id})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id, Cmd: []string{"sleep", "1000"}, Timeout: 1})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.ReopenContainerLog(ctx, &cri.ReopenContainerLogRequest{ContainerId: id})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.ContainerStats(ctx, &cri.ContainerStatsRequest{ContainerId: id})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: id, Timeout: 1})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: id})
-			return err
-		},
-	}
-	var all sync.WaitGroup
-	for n, call := range calls {
-		all.Go(func() {
-			time.Sleep(time.Duration(rand.IntN(100*(n+1))) * time.Millisecond) // so that the order differs
-			ctx, cancel := context.WithTimeout(context.Background(), i.patience)
-			defer cancel()
-			_ = call(ctx) // whether it can is up to the others
-		})
-	}
-	all.Wait()
+	h := testnode.Hurry{Exec: []string{"sleep", "1000"}, Spread: 100 * time.Millisecond, Patience: i.patience}
+	h.Container(context.Background(), i.m.Runtime, id)
 }

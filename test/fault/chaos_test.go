@@ -160,47 +160,13 @@ func (c client) pod(ctx context.Context, patience time.Duration) {
 
 // container asks for things of a container side by side.
 func (c client) container(ctx context.Context, id string, patience time.Duration) {
-	r := c.n.Runtime
-	calls := []func(context.Context) error{
-		func(ctx context.Context) error {
-			_, err := r.StartContainer(ctx, &cri.StartContainerRequest{ContainerId: id})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.ExecSync(ctx, &cri.ExecSyncRequest{ContainerId: id, Cmd: []string{"/demo", "-lines", "-n", "0"}, Timeout: 1})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.ReopenContainerLog(ctx, &cri.ReopenContainerLogRequest{ContainerId: id})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.UpdateContainerResources(ctx, &cri.UpdateContainerResourcesRequest{ContainerId: id, Linux: &cri.LinuxContainerResources{CpuShares: 100}})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.ContainerStats(ctx, &cri.ContainerStatsRequest{ContainerId: id})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.StopContainer(ctx, &cri.StopContainerRequest{ContainerId: id, Timeout: 1})
-			return err
-		},
-		func(ctx context.Context) error {
-			_, err := r.RemoveContainer(ctx, &cri.RemoveContainerRequest{ContainerId: id})
-			return err
-		},
+	update := func(ctx context.Context) error {
+		_, err := c.n.Runtime.UpdateContainerResources(ctx, &cri.UpdateContainerResourcesRequest{ContainerId: id, Linux: &cri.LinuxContainerResources{CpuShares: 100}})
+		return err
 	}
-	var all sync.WaitGroup
-	for i, call := range calls {
-		all.Go(func() {
-			time.Sleep(time.Duration(rand.IntN(60*(i+1))) * time.Millisecond) // so that the order differs
-			ctx, cancel := context.WithTimeout(ctx, patience)
-			defer cancel()
-			_ = call(ctx) // whether it can is up to the others
-		})
-	}
-	all.Wait()
+	h := testnode.Hurry{Exec: []string{"/demo", "-lines", "-n", "0"}, Spread: 60 * time.Millisecond, Patience: patience,
+		More: []func(context.Context) error{update}}
+	h.Container(ctx, c.n.Runtime, id)
 }
 
 // removeAll removes every pod, for which a client now has patience.
