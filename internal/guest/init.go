@@ -81,7 +81,7 @@ func run(version string, log *slog.Logger, level *slog.LevelVar) error {
 		return err
 	}
 	go ports.run(ctx)
-	a := &Agent{log: log, backend: container.New(runDir, reaper, log).WithoutWarming(), ports: ports, reaper: reaper,
+	a := &Agent{log: log, backend: container.New(runDir, reaper, log).WithoutQuickMoves(), ports: ports, reaper: reaper,
 		runtime: contents.Runtime, version: version, began: began, tasks: map[string]*task{}}
 	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(a.intercept))
 	if err != nil {

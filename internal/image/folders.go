@@ -20,6 +20,7 @@ import (
 	"github.com/containerd/containerd/v2/core/snapshots"
 	continuityfs "github.com/containerd/continuity/fs"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // On overlayfs the files that a container writes are in a folder of ours, not
@@ -117,6 +118,9 @@ func (s *Store) loadFolders(ctx context.Context) error {
 	if err := os.MkdirAll(filepath.Join(s.foldersDir(), trashName), 0o700); err != nil {
 		return fmt.Errorf("make the folder of root file systems: %w", err)
 	}
+	if err := spread(s.foldersDir()); err != nil {
+		s.log.Debug("root file systems are not spread over the disk, containers are made slower", "path", s.foldersDir(), "error", err)
+	}
 	entries, err := os.ReadDir(s.foldersDir())
 	if err != nil {
 		return fmt.Errorf("list root file systems: %w", err)
@@ -140,6 +144,29 @@ func (s *Store) loadFolders(ctx context.Context) error {
 		s.roots.set(key, s.readFolder(key))
 	}
 	return nil
+}
+
+// spread tells ext4 that the folders in dir have nothing to do with each other,
+// so that it puts them in different block groups (chattr +T). In one group each
+// new file is looked for among all that were deleted lately, which without a
+// journal are passed over for a minute and more: on a node whose containers
+// come and go, that was two thirds of a creation.
+func spread(dir string) error {
+	const topdir = 0x20000 // FS_TOPDIR_FL
+	var st unix.Statfs_t
+	if err := unix.Statfs(dir, &st); err != nil || st.Type != unix.EXT4_SUPER_MAGIC {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	flags, err := unix.IoctlGetInt(int(d.Fd()), unix.FS_IOC_GETFLAGS)
+	if err != nil || flags&topdir != 0 {
+		return err
+	}
+	return unix.IoctlSetPointerInt(int(d.Fd()), unix.FS_IOC_SETFLAGS, flags|topdir)
 }
 
 // readFolder tells of a root file system of an earlier life. One that a crash

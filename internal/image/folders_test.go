@@ -12,6 +12,7 @@ import (
 	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"golang.org/x/sys/unix"
 )
 
 // show mounts a root file system.
@@ -161,5 +162,37 @@ func TestUnfinishedFolders(t *testing.T) {
 	}
 	if got, err := s.Rootfs(t.Context()); err != nil || !slices.Equal(got, []string{"whole"}) {
 		t.Errorf("left are %v, %v", got, err)
+	}
+}
+
+func TestSpread(t *testing.T) {
+	s := openStore(t, nil)
+	if err := spread("/dev/shm"); err != nil {
+		t.Errorf("a file system that has no block groups: %v", err)
+	}
+	if err := spread(filepath.Join(t.TempDir(), "none")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a folder that is not there: %v", err)
+	}
+	dir, err := os.Open(s.foldersDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(dir.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	if st.Type != unix.EXT4_SUPER_MAGIC {
+		t.Skipf("%s is not on ext4", dir.Name())
+	}
+	flags, err := unix.IoctlGetInt(int(dir.Fd()), unix.FS_IOC_GETFLAGS)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if flags&0x20000 == 0 {
+		t.Errorf("flags %x: all root file systems share a block group", flags)
+	}
+	if err := spread(dir.Name()); err != nil { // as at the next start
+		t.Error(err)
 	}
 }

@@ -44,6 +44,7 @@ func (s *Service) CreateContainer(ctx context.Context, sandboxID string, cfg *ru
 	if err != nil {
 		return "", err
 	}
+	sb.handler.Expect()
 	return s.create(ctx, "container", containerName(pod.ID, cfg.Metadata), hash, func(ctx context.Context, id string, stage func(string)) error {
 		return s.makeContainer(ctx, sb, img, s.newContainer(sb, id, hash, cfg, img), stage)
 	})

@@ -26,6 +26,7 @@ import (
 
 	"cloister.dev/internal/host"
 	"cloister.dev/internal/host/proc"
+	"cloister.dev/internal/osutil"
 )
 
 // Backend runs containers with OCI runtimes.
@@ -38,14 +39,20 @@ type Backend struct {
 	mu       sync.Mutex
 	runtimes map[string]*ociRuntime // by path
 	holder   sync.Mutex             // serializes writing the holder programs
-	warmth   *warmth
+	moves    *osutil.CgroupMoves
 }
 
 var _ host.Backend = (*Backend)(nil)
 
 // New gives a backend whose files are under dir.
 func New(dir string, reaper *proc.Reaper, log *slog.Logger) *Backend {
-	return &Backend{dir: dir, reaper: reaper, log: log, runtimes: map[string]*ociRuntime{}, warmth: newWarmth(log)}
+	return &Backend{dir: dir, reaper: reaper, log: log, runtimes: map[string]*ociRuntime{}, moves: osutil.NewCgroupMoves(log)}
+}
+
+// WithoutQuickMoves leaves the kernel's lock on cgroup moves as it is.
+func (b *Backend) WithoutQuickMoves() *Backend {
+	b.moves = nil
+	return b
 }
 
 // Name is part of host.Backend.
@@ -154,7 +161,7 @@ func (b *Backend) Exec(ctx context.Context, t *host.TaskSpec, id string, process
 
 // process runs the runtime and adopts the process that it leaves behind.
 func (b *Backend) process(ctx context.Context, t *host.TaskSpec, i invocation, pidFile string, last []string, exited func(proc.Exit)) (st host.Started, err error) {
-	defer b.warmth.hold()()
+	defer b.moves.Hold()()
 	i.args = append(i.args, "--pid-file", pidFile)
 	defer os.Remove(pidFile)
 	var console *consoleSocket
