@@ -11,6 +11,7 @@ import (
 	"cloister.dev/internal/client/display"
 	"cloister.dev/internal/config"
 	"cloister.dev/internal/host/vm/image"
+	"cloister.dev/internal/host/vm/image/build"
 )
 
 func (a *app) guestCommand() *cobra.Command {
@@ -29,7 +30,7 @@ program, crun with its libraries, and the kernel modules that a guest needs.`,
 }
 
 func (a *app) guestBuildCommand(guests *string) *cobra.Command {
-	o := image.BuildOptions{}
+	o := build.Options{}
 	cmd := &cobra.Command{
 		Use:   "build [NAME]",
 		Short: "Make a guest, in place of an older one of its name",
@@ -55,7 +56,7 @@ same bytes. Machines that run keep what they booted.`,
 				}
 			}
 			began := time.Now()
-			g, err := image.Build(cmd.Context(), o)
+			g, err := build.Guest(cmd.Context(), o)
 			if err != nil {
 				return fmt.Errorf("build a guest: %w", err)
 			}
@@ -64,7 +65,7 @@ same bytes. Machines that run keep what they booted.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&o.Package, "package", "", "Debian kernel `package` (default "+image.DefaultPackage+")")
+	f.StringVar(&o.Package, "package", "", "Debian kernel `package` (default "+build.DefaultPackage+")")
 	f.StringVar(&o.Kernel, "kernel", "", "bzImage or vmlinux `file` instead of a package; needs --modules")
 	f.StringVar(&o.Modules, "modules", "", "`folder` of that kernel's modules, named after its version")
 	f.StringSliceVar(&o.ExtraModules, "module", nil, "one more kernel `module`, with what it needs; may be repeated")

@@ -18,17 +18,18 @@ import (
 	"cloister.dev/internal/host"
 	"cloister.dev/internal/host/container"
 	"cloister.dev/internal/host/proc"
+	"cloister.dev/internal/host/vm/image"
 )
 
 // Agent serves the host's calls.
 type Agent struct {
-	log     *slog.Logger
-	backend *container.Backend
-	ports   *ports
-	reaper  *proc.Reaper
-	runtime string // path of the OCI runtime
-	version string
-	began   time.Time
+	log      *slog.Logger
+	backend  *container.Backend
+	ports    *ports
+	reaper   *proc.Reaper
+	contents image.Contents
+	version  string
+	began    time.Time
 
 	setup setup
 
@@ -96,7 +97,7 @@ func (a *Agent) Launch(ctx context.Context, r *guestv1.LaunchRequest) (*guestv1.
 	}
 	dir := filepath.Join(tasksDir, r.Task)
 	t := &task{processes: map[string]*process{}, spec: host.TaskSpec{ID: r.Task, Bundle: dir, Dir: dir,
-		Terminal: r.Streams.GetTerminal() != "", RunOnStart: r.Run, Runtime: host.Runtime{Binary: a.runtime, Root: runDir + "/runtime"}}}
+		Terminal: r.Streams.GetTerminal() != "", RunOnStart: r.Run, Runtime: host.Runtime{Binary: a.contents.Runtime, Root: runDir + "/runtime"}}}
 	t.op.Lock()
 	defer t.op.Unlock()
 	a.mu.Lock()

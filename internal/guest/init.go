@@ -44,7 +44,9 @@ func Init(version string) {
 }
 
 func run(version string, log *slog.Logger, level *slog.LevelVar) error {
-	debug.SetGCPercent(50)
+	// Until the machine is a pod, which needs a few megabytes, a collection
+	// would only make somebody wait for it. See Setup.
+	debug.SetGCPercent(-1)
 	began := time.Now()
 	if err := mountKernel(); err != nil {
 		return err
@@ -82,7 +84,7 @@ func run(version string, log *slog.Logger, level *slog.LevelVar) error {
 	}
 	go ports.run(ctx)
 	a := &Agent{log: log, backend: container.New(runDir, reaper, log).WithoutQuickMoves(), ports: ports, reaper: reaper,
-		runtime: contents.Runtime, version: version, began: began, tasks: map[string]*task{}}
+		contents: contents, version: version, began: began, tasks: map[string]*task{}}
 	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(a.intercept))
 	if err != nil {
 		return err

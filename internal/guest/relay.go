@@ -172,8 +172,25 @@ func (r *relay) close() {
 	r.wg.Wait()
 }
 
-// portion is what one write to a port takes at most.
-const portion = 32 << 10
+const (
+	// portion is what one write to a port takes at most.
+	portion = 32 << 10
+	// burst is what is read at once from who writes much. With less, writer
+	// and agent would take turns on the processor at each portion, and on an
+	// emulated one a turn costs as much as carrying it.
+	burst = 16 * portion
+)
+
+// fitting gives the buffer for the next read after one of n bytes.
+func fitting(buf []byte, n int) []byte {
+	switch {
+	case n == len(buf) && n < burst:
+		return make([]byte, burst)
+	case n < portion && len(buf) > portion:
+		return make([]byte, portion)
+	}
+	return buf
+}
 
 func (o *output) run() {
 	defer close(o.done)
@@ -186,6 +203,7 @@ func (o *output) run() {
 				return
 			}
 		}
+		buf = fitting(buf, n)
 		switch {
 		case errors.Is(err, os.ErrDeadlineExceeded):
 			if !o.wokenUp(buf) {

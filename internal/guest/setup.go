@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -23,6 +24,9 @@ import (
 	"cloister.dev/internal/osutil"
 )
 
+// gcPercent keeps the agent small: its memory is the pod's.
+const gcPercent = 50
+
 // setup is what Setup has done.
 type setup struct {
 	mu   sync.Mutex
@@ -37,6 +41,7 @@ func (a *Agent) Setup(ctx context.Context, r *guestv1.SetupRequest) (*guestv1.Se
 	if !a.setup.done {
 		a.setup.done = true
 		a.setup.err = a.makePod(context.WithoutCancel(ctx), r)
+		debug.SetGCPercent(gcPercent)
 	}
 	if a.setup.err != nil {
 		return nil, a.setup.err

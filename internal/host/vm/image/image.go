@@ -1,15 +1,13 @@
-// Package image makes guests: a kernel, and an initial file system with
+// Package image keeps guests: a kernel, and an initial file system with
 // cloister-shim as its first program, crun with its libraries, and the kernel
-// modules that a guest needs. It promises that the same inputs give the same
-// bytes, that a guest appears under its name as a whole or not at all, and
-// that nothing of the host is installed or changed.
+// modules that a guest needs. It promises that a guest appears under its name
+// as a whole or not at all.
 //
-// It knows nothing of machines; a guest is files.
+// It knows nothing of machines, a guest is files; nor how these are made, which
+// is package build's: an agent in the guest has no use for that.
 package image
 
 import (
-	"context"
-	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -94,31 +92,6 @@ func (c Contents) Find(name string) []string {
 	}
 	return append(files, m.Path)
 }
-
-// BuildOptions say what to make a guest of.
-type BuildOptions struct {
-	Root  string // folder of all guests
-	Name  string // empty: DefaultName
-	Agent string // path of the static cloister-shim
-	// Runtime is the path of crun; empty: looked up in PATH.
-	Runtime string
-
-	// Kernel is a bzImage or an ELF vmlinux, and Modules its folder
-	// (…/lib/modules/VERSION). Both empty: Package.
-	Kernel, Modules string
-	// Package is a Debian kernel package; empty: linux-image-cloud-amd64. It
-	// is downloaded and unpacked, not installed.
-	Package string
-	// Cache keeps downloads; empty: they are thrown away.
-	Cache string
-	// ExtraModules are added with what they need.
-	ExtraModules []string
-
-	Log *slog.Logger
-}
-
-// Build makes a guest, in place of an older one of its name.
-func Build(ctx context.Context, o BuildOptions) (Guest, error) { return build(ctx, o) }
 
 // Open gives the guest called name; errdefs.ErrNotFound tells how to build it.
 func Open(root, name string) (Guest, error) { return open(root, name) }

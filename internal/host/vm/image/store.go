@@ -23,9 +23,23 @@ const (
 
 var goodName = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]*$`)
 
-func checkName(name string) error {
+// CheckName tells whether a guest can have that name.
+func CheckName(name string) error {
 	if len(name) > 63 || !goodName.MatchString(name) {
 		return fmt.Errorf("%q is no name for a guest; it has 1 to 63 of a-z, 0-9, dot, dash and underscore: %w", name, errdefs.ErrInvalidArgument)
+	}
+	return nil
+}
+
+// Put writes a guest, in place of an older one of its name; scrap is a folder
+// beside the guests for what is unfinished, which the caller removes.
+func Put(root, name, scrap string, m Manifest, kernel, initrd []byte) error {
+	fresh := filepath.Join(scrap, "guest")
+	if err := write(fresh, m, kernel, initrd); err != nil {
+		return fmt.Errorf("write guest %q: %w", name, err)
+	}
+	if err := replace(fresh, filepath.Join(root, name), scrap); err != nil {
+		return fmt.Errorf("put guest %q in its place: %w", name, err)
 	}
 	return nil
 }
@@ -72,7 +86,7 @@ func replace(fresh, place, scrap string) error {
 }
 
 func open(root, name string) (Guest, error) {
-	if err := checkName(name); err != nil {
+	if err := CheckName(name); err != nil {
 		return Guest{}, err
 	}
 	dir := filepath.Join(root, name)

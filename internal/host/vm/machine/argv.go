@@ -186,7 +186,9 @@ func (c *Config) board(a *arguments) {
 	case c.Accel == KVM:
 		cpu = "host,pmu=off"
 	default:
-		cpu = "max"
+		// An emulated processor copies and clears byte by byte with the
+		// instructions that erms calls fast; without it kernels use words.
+		cpu = "max,-erms"
 	}
 	a.add("-machine", machine...)
 	a.add("-cpu", cpu)

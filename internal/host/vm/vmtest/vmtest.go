@@ -26,6 +26,7 @@ import (
 
 	"cloister.dev/internal/host/proc"
 	"cloister.dev/internal/host/vm/image"
+	"cloister.dev/internal/host/vm/image/build"
 	"cloister.dev/internal/host/vm/machine"
 )
 
@@ -100,7 +101,7 @@ func lock(t testing.TB, cache string) (unlock func()) {
 
 func buildGuest(t testing.TB, root, name, agent string) image.Guest {
 	t.Helper()
-	g, err := image.Build(t.Context(), image.BuildOptions{Root: root, Name: name, Agent: agent, Cache: filepath.Join(guestCache(t), "packages")})
+	g, err := build.Guest(t.Context(), build.Options{Root: root, Name: name, Agent: agent, Cache: filepath.Join(guestCache(t), "packages")})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,4 +1,4 @@
-package image
+package build
 
 import (
 	"bytes"
@@ -15,12 +15,14 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/klauspost/compress/zstd"
+
+	"cloister.dev/internal/host/vm/image"
 )
 
 // bootModules are what a guest needs before anything else works, for each type
 // of machine. Those that a kernel has built in are no modules and no loss.
 func bootModules() map[string][]string {
-	always := []string{"virtio_console", "virtio_net", "virtiofs", "overlay", "af_packet"}
+	always := []string{"virtio_console", "virtio_net", "virtiofs"}
 	return map[string][]string{
 		"microvm": append([]string{"virtio_mmio"}, always...),
 		"q35":     append([]string{"virtio_pci"}, always...),
@@ -30,7 +32,7 @@ func bootModules() map[string][]string {
 // laterModules are loaded when they are wanted: disks, file systems on them,
 // resizing, vsock, and what pods do with the network inside their own kernel.
 func laterModules() []string {
-	return []string{"virtio_scsi", "sd_mod", "virtio_mem", "virtio_balloon", "vmw_vsock_virtio_transport", "erofs", "loop", "tun",
+	return []string{"virtio_scsi", "sd_mod", "virtio_mem", "virtio_balloon", "vmw_vsock_virtio_transport", "overlay", "erofs", "loop", "tun", "af_packet",
 		"dummy", "bridge", "veth", "vxlan", "macvlan", "wireguard", "sch_htb", "sch_ingress", "cls_u32", "act_mirred",
 		"x_tables", "ip_tables", "ip6_tables", "iptable_filter", "iptable_nat", "iptable_mangle", "ip6table_filter", "ip6table_nat",
 		"nf_tables", "nft_compat", "nft_chain_nat", "nft_ct", "nft_nat", "nft_masq", "nft_redir", "nft_reject_inet",
@@ -148,7 +150,7 @@ func readModule(path string) ([]byte, error) {
 
 // signatureMark ends a module that is signed; before it are twelve bytes with
 // the signature's length as the last four, and before those the signature.
-const signatureMark = "~Module signature appended~\n"
+const signatureMark = "~image.Module signature appended~\n"
 
 // unsigned takes the signature off a module. Whoever can change a module in a
 // guest's file can change the kernel there too, so checking it protects nobody,
@@ -200,18 +202,18 @@ func moduleInfo(module []byte) (needs, aliases []string, err error) {
 }
 
 // moduleFiles gives the modules their places in the guest.
-func (p picked) place(t tree, version string) map[string]Module {
-	all := map[string]Module{}
+func (p picked) place(t tree, version string) map[string]image.Module {
+	all := map[string]image.Module{}
 	for _, name := range slices.Sorted(maps.Keys(p.data)) {
 		path := filepath.Join("/lib/modules", version, name+".ko")
 		t.file(path, 0o644, p.data[name])
-		all[name] = Module{Path: path, Needs: p.needs[name], Aliases: p.aliases[name]}
+		all[name] = image.Module{Path: path, Needs: p.needs[name], Aliases: p.aliases[name]}
 	}
 	return all
 }
 
 // bootOrder lists the files to load for a type of machine.
-func bootOrder(modules map[string]Module, wanted []string) []string {
+func bootOrder(modules map[string]image.Module, wanted []string) []string {
 	var paths []string
 	for _, name := range wanted {
 		m, ok := modules[name]

@@ -1,4 +1,7 @@
-package image
+// Package build makes guests. It promises that the same inputs give the same
+// bytes, and that nothing of the host is installed or changed. It knows nothing
+// of machines.
+package build
 
 import (
 	"bytes"
@@ -11,6 +14,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"os"
 	"os/exec"
@@ -21,14 +25,38 @@ import (
 	"github.com/containerd/errdefs"
 
 	tiny "cloister.dev/internal/host/elf"
+	"cloister.dev/internal/host/vm/image"
 )
+
+// Options say what to make a guest of.
+type Options struct {
+	Root  string // folder of all guests
+	Name  string // empty: image.DefaultName
+	Agent string // path of the static cloister-shim
+	// Runtime is the path of crun; empty: looked up in PATH.
+	Runtime string
+
+	// Kernel is a bzImage or an ELF vmlinux, and Modules its folder
+	// (…/lib/modules/VERSION). Both empty: Package.
+	Kernel, Modules string
+	// Package is a Debian kernel package; empty: linux-image-cloud-amd64. It
+	// is downloaded and unpacked, not installed.
+	Package string
+	// Cache keeps downloads; empty: they are thrown away.
+	Cache string
+	// ExtraModules are added with what they need.
+	ExtraModules []string
+
+	Log *slog.Logger
+}
 
 // runtimePath is where crun lies in the guest.
 const runtimePath = "/usr/bin/crun"
 
-func build(ctx context.Context, o BuildOptions) (g Guest, err error) {
-	o.Name, o.Runtime = cmp.Or(o.Name, DefaultName), cmp.Or(o.Runtime, "crun")
-	if err := checkName(o.Name); err != nil {
+// Guest makes a guest, in place of an older one of its name.
+func Guest(ctx context.Context, o Options) (g image.Guest, err error) {
+	o.Name, o.Runtime = cmp.Or(o.Name, image.DefaultName), cmp.Or(o.Runtime, "crun")
+	if err := image.CheckName(o.Name); err != nil {
 		return g, err
 	}
 	if (o.Kernel == "") != (o.Modules == "") {
@@ -51,18 +79,14 @@ func build(ctx context.Context, o BuildOptions) (g Guest, err error) {
 	if err != nil {
 		return g, fmt.Errorf("build guest %q: %w", o.Name, err)
 	}
-	fresh := filepath.Join(work, "guest")
-	if err := write(fresh, m, kernel, initrd); err != nil {
-		return g, fmt.Errorf("write guest %q: %w", o.Name, err)
+	if err := image.Put(o.Root, o.Name, work, m, kernel, initrd); err != nil {
+		return g, err
 	}
-	if err := replace(fresh, filepath.Join(o.Root, o.Name), work); err != nil {
-		return g, fmt.Errorf("put guest %q in its place: %w", o.Name, err)
-	}
-	return Open(o.Root, o.Name)
+	return image.Open(o.Root, o.Name)
 }
 
 // source finds the kernel that the options name.
-func source(ctx context.Context, o BuildOptions, work string) (unpacked, error) {
+func source(ctx context.Context, o Options, work string) (unpacked, error) {
 	if o.Kernel == "" {
 		cache := cmp.Or(o.Cache, filepath.Join(work, "cache"))
 		return fetchPackage(ctx, cmp.Or(o.Package, DefaultPackage), cache, filepath.Join(work, "kernel"))
@@ -71,7 +95,7 @@ func source(ctx context.Context, o BuildOptions, work string) (unpacked, error) 
 }
 
 // assemble makes the two files of a guest in memory.
-func assemble(ctx context.Context, o BuildOptions, src unpacked) (m Manifest, kernel, initrd []byte, err error) {
+func assemble(ctx context.Context, o Options, src unpacked) (m image.Manifest, kernel, initrd []byte, err error) {
 	packed, err := os.ReadFile(src.kernel)
 	if err != nil {
 		return m, nil, nil, fmt.Errorf("read the kernel: %w", err)
@@ -80,11 +104,11 @@ func assemble(ctx context.Context, o BuildOptions, src unpacked) (m Manifest, ke
 		return m, nil, nil, fmt.Errorf("kernel %s: %w", src.kernel, err)
 	}
 	t := skeleton()
-	bare, err := tiny.Say(BareMark + "\n")
+	bare, err := tiny.Say(image.BareMark + "\n")
 	if err != nil {
 		return m, nil, nil, err
 	}
-	t.file(BarePath, 0o755, bare)
+	t.file(image.BarePath, 0o755, bare)
 	if m.Agent, err = addAgent(t, o.Agent); err != nil {
 		return m, nil, nil, err
 	}
@@ -99,7 +123,7 @@ func assemble(ctx context.Context, o BuildOptions, src unpacked) (m Manifest, ke
 	if err != nil {
 		return m, nil, nil, err
 	}
-	t.file(ContentsPath, 0o644, b)
+	t.file(image.ContentsPath, 0o644, b)
 	var archive bytes.Buffer
 	if err := t.writeTo(&archive); err != nil {
 		return m, nil, nil, err
@@ -168,8 +192,8 @@ func addRuntime(ctx context.Context, t tree, name string) (version string, err e
 	return strings.TrimSpace(line), nil
 }
 
-func addModules(t tree, src unpacked, extra []string) (Contents, error) {
-	c := Contents{Kernel: src.version, Runtime: runtimePath, Boot: map[string][]string{}}
+func addModules(t tree, src unpacked, extra []string) (image.Contents, error) {
+	c := image.Contents{Kernel: src.version, Runtime: runtimePath, Boot: map[string][]string{}}
 	have, err := findModules(src.modules)
 	if err != nil {
 		return c, err
