@@ -6,6 +6,8 @@ TOOLS   := $(CACHE)/bin
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 
 GO         ?= go
+# CGO=1 makes a daemon that is not static, and knows btrfs and PKCS11 tokens.
+CGO        ?= 0
 GOFLAGS_RELEASE := -trimpath -ldflags '-s -w -X main.version=$(VERSION)'
 
 GOLANGCI_LINT     := v2.15.0
@@ -24,7 +26,8 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: ## bin/cloister, bin/cloister-shim, bin/cloister-teec
-	CGO_ENABLED=0 $(GO) build -tags nri_no_wasm $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister ./cmd/cloister-teec
+	CGO_ENABLED=$(CGO) $(GO) build -tags nri_no_wasm $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister
+	CGO_ENABLED=0 $(GO) build $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister-teec
 	CGO_ENABLED=0 $(GO) build -tags no_grpc $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister-shim
 
 demo: ## a pod from an image to its removal, on a private daemon, with times

@@ -335,6 +335,7 @@ func shimOptions(cfg config.Config, log *slog.Logger) (shim.Options, error) {
 	}
 	for name, h := range cfg.Runtime.Containerd.Runtimes {
 		r := shim.Runtime{Type: h.RuntimeType, Path: h.RuntimePath, Options: h.Options, Snapshotter: snapshotter(cfg, name, h),
+			Platform: cfg.Images.RuntimePlatforms[name].Platform,
 			BaseSpec: h.BaseRuntimeSpec, PodAnnotations: h.PodAnnotations, CtrAnnotations: h.ContainerAnnotations,
 			NoHostDevices: h.PrivilegedWithoutHostDevices, AllDevices: h.PrivilegedWithoutHostDevicesAllDevicesAllowed,
 			CgroupWritable: h.CgroupWritable, ReadOnlyMounts: h.TreatROMountsAsRRO, NoCgroup: cfg.Cloister.DisableCgroup}

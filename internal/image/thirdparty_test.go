@@ -156,7 +156,12 @@ func certificate(t testing.TB, dir, name string, hosts ...string) (cert, key str
 // rsaPair makes a private key, its public key and a certificate for it.
 func rsaPair(t testing.TB, dir, name string) (private, public, cert string) {
 	t.Helper()
-	k, err := rsa.GenerateKey(rand.Reader, 2048)
+	return rsaPairOf(t, 2048, dir, name)
+}
+
+func rsaPairOf(t testing.TB, bits int, dir, name string) (private, public, cert string) {
+	t.Helper()
+	k, err := rsa.GenerateKey(rand.Reader, bits)
 	if err != nil {
 		t.Fatal(err)
 	}

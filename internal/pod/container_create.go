@@ -36,7 +36,7 @@ func (s *Service) CreateContainer(ctx context.Context, sandboxID string, cfg *ru
 	if err := oci.ValidateContainer(cfg, pod.Config, s.o.Node); err != nil {
 		return "", err
 	}
-	img, err := s.o.Images.Get(cfg.GetImage().GetImage())
+	img, err := s.image(ctx, sb, cfg.GetImage().GetImage())
 	if err != nil {
 		return "", fmt.Errorf("image of container %q: %w", cfg.Metadata.Name, err)
 	}
@@ -48,6 +48,12 @@ func (s *Service) CreateContainer(ctx context.Context, sandboxID string, cfg *ru
 	return s.create(ctx, "container", containerName(pod.ID, cfg.Metadata), hash, func(ctx context.Context, id string, stage func(string)) error {
 		return s.makeContainer(ctx, sb, img, s.newContainer(sb, id, hash, cfg, img), stage)
 	})
+}
+
+// image finds the image that a name means in the sandbox: handlers may have
+// their images for another platform, or unpacked elsewhere.
+func (s *Service) image(ctx context.Context, sb *sandbox, name string) (image.Image, error) {
+	return s.o.Images.GetFor(ctx, name, sb.handler.Runtime.Snapshotter, sb.handler.Runtime.Platform)
 }
 
 func (s *Service) newContainer(sb *sandbox, id, hash string, cfg *runtimeapi.ContainerConfig, img image.Image) *container {

@@ -107,7 +107,7 @@ func (s *Service) makeImageVolumes(ctx context.Context, sb *sandbox, c *containe
 		if m.GetImage().GetImage() == "" {
 			continue
 		}
-		img, err := s.o.Images.Get(m.Image.Image)
+		img, err := s.image(ctx, sb, m.Image.Image)
 		if err != nil {
 			return nil, fmt.Errorf("image volume at %s: %w", m.ContainerPath, err)
 		}

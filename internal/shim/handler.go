@@ -37,6 +37,7 @@ type Runtime struct {
 	ConfigBody     string              `json:",omitempty"` // text that stands in for ConfigPath
 	OptionsType    string              `json:",omitempty"` // type URL that such a shim knows its configuration by
 	Snapshotter    string              `json:",omitempty"`
+	Platform       string              `json:",omitempty"` // of its images; empty: the node's own
 	BaseSpec       string              `json:",omitempty"`
 	PodAnnotations []string            `json:",omitempty"`
 	CtrAnnotations []string            `json:",omitempty"`

@@ -134,7 +134,7 @@ func (r Runtime) encode() []byte {
 // seen is what of a runtime a probe may depend on: all but what only shapes
 // the containers' specs.
 func (r Runtime) seen() []byte {
-	r.Snapshotter, r.BaseSpec, r.ReadOnlyMounts = "", "", ""
+	r.Snapshotter, r.Platform, r.BaseSpec, r.ReadOnlyMounts = "", "", "", ""
 	r.PodAnnotations, r.CtrAnnotations, r.Rlimits = nil, nil, nil
 	r.NoHostDevices, r.AllDevices, r.CgroupWritable = false, false, false
 	return r.encode()

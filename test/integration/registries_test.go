@@ -19,6 +19,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -28,6 +29,8 @@ import (
 	"github.com/google/go-containerregistry/pkg/authn"
 	"github.com/google/go-containerregistry/pkg/name"
 	v1 "github.com/google/go-containerregistry/pkg/v1"
+	"github.com/google/go-containerregistry/pkg/v1/empty"
+	"github.com/google/go-containerregistry/pkg/v1/mutate"
 	"github.com/google/go-containerregistry/pkg/v1/remote"
 	"google.golang.org/grpc/codes"
 	cri "k8s.io/cri-api/pkg/apis/runtime/v1"
@@ -260,6 +263,8 @@ key_model = ""
 config_path = %q
 [plugins."io.containerd.cri.v1.images".runtime_platforms.placed]
 snapshotter = "erofs"
+[plugins."io.containerd.cri.v1.images".runtime_platforms.foreign]
+platform = "linux/s390x"
 [plugins."io.containerd.cri.v1.runtime".containerd]
 default_runtime_name = "plain"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.plain]
@@ -268,6 +273,8 @@ runtime_type = "io.containerd.runc.v2"
 runtime_type = "io.containerd.runc.v2"
 snapshotter = "overlayfs"
 [plugins."io.containerd.cri.v1.runtime".containerd.runtimes.placed]
+runtime_type = "io.containerd.runc.v2"
+[plugins."io.containerd.cri.v1.runtime".containerd.runtimes.foreign]
 runtime_type = "io.containerd.runc.v2"
 `
 
@@ -297,7 +304,70 @@ func TestEffectsOfImageKeys(t *testing.T) {
 		t.Error("config_path: images came from elsewhere")
 	}
 	t.Run("snapshotter", func(t *testing.T) { effectsOfSnapshotters(t, n) })
+	t.Run("platform", func(t *testing.T) { effectOfPlatform(t, n, registry) })
 	t.Run("key_model", func(t *testing.T) { effectOfKeyModel(t, n, registry) })
+}
+
+// effectOfPlatform: one tag stands for an image on each handler, also when a
+// container or an image volume is made of it.
+func effectOfPlatform(t *testing.T, n *testnode.Node, registry *debianRegistry) {
+	var index v1.ImageIndex = empty.Index
+	for _, arch := range []string{runtime.GOARCH, "s390x"} {
+		img := hostileImage(t, nil, file{path: "/arch", data: []byte(arch)})
+		cf, err := img.ConfigFile()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cf = cf.DeepCopy()
+		cf.Architecture = arch
+		if img, err = mutate.ConfigFile(img, cf); err != nil {
+			t.Fatal(err)
+		}
+		index = mutate.AppendManifests(index, mutate.IndexAddendum{Add: img,
+			Descriptor: v1.Descriptor{Platform: &v1.Platform{OS: "linux", Architecture: arch}}})
+	}
+	ref, err := name.ParseReference(registry.address+"/two/platforms:1", name.Insecure)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := remote.WriteIndex(ref, index, remote.WithAuth(&authn.Basic{Username: "me", Password: registryPassword})); err != nil {
+		t.Fatal(err)
+	}
+	ids := map[string]string{}
+	for _, handler := range []string{"", "foreign"} {
+		r, err := n.Image.PullImage(t.Context(), &cri.PullImageRequest{Image: &cri.ImageSpec{Image: ref.Name(), RuntimeHandler: handler},
+			Auth: &cri.AuthConfig{Username: "me", Password: registryPassword}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		ids[handler] = r.ImageRef
+	}
+	if ids[""] == ids["foreign"] {
+		t.Fatalf("both platforms have image %s", ids[""])
+	}
+	for _, handler := range []string{"", "foreign"} {
+		p := runHandlerPod(t, n, handler)
+		r, err := n.Runtime.CreateContainer(t.Context(), &cri.CreateContainerRequest{PodSandboxId: p.id, SandboxConfig: p.cfg, Config: &cri.ContainerConfig{
+			Metadata: &cri.ContainerMetadata{Name: "c"}, Image: &cri.ImageSpec{Image: ref.Name()}, Command: []string{"/nothing"},
+			Mounts: []*cri.Mount{{ContainerPath: "/volume", Image: &cri.ImageSpec{Image: ref.Name()}, Readonly: true}}}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		status, err := n.Runtime.ContainerStatus(t.Context(), &cri.ContainerStatusRequest{ContainerId: r.ContainerId})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if status.Status.ImageId != ids[handler] {
+			t.Errorf("handler %q: a container of image %s, pulled was %s", handler, status.Status.ImageId, ids[handler])
+		}
+		want := map[string]string{"": runtime.GOARCH, "foreign": "s390x"}[handler]
+		for _, file := range []string{"rootfs/arch", "images/0/arch"} {
+			b, err := os.ReadFile(filepath.Join(n.State(), "containers", r.ContainerId, file))
+			if err != nil || string(b) != want {
+				t.Errorf("handler %q: %s says %q (%v), want %q", handler, file, b, err, want)
+			}
+		}
+	}
 }
 
 func effectsOfSnapshotters(t *testing.T, n *testnode.Node) {

@@ -187,6 +187,10 @@ func (r *ring) unwrap(ctx context.Context, scheme string, wrapped []byte) ([]byt
 	if tried == 0 {
 		return nil, fmt.Errorf("no such private key in %s", orNothing(r.folder))
 	}
+	if scheme == "pkcs11" {
+		// What the library says has the whole URI in it, and so the PIN.
+		return nil, fmt.Errorf("none of %d descriptions of tokens in %s opens it: either the key does not fit, or a token, its PIN or its module cannot be used", tried, r.folder)
+	}
 	return nil, fmt.Errorf("none of %d private keys in %s fits", tried, r.folder)
 }
 

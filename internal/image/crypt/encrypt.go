@@ -2,6 +2,7 @@ package crypt
 
 import (
 	"context"
+	"crypto/rsa"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -139,6 +140,9 @@ func (r *Recipients) wrap(ctx context.Context, key []byte) (map[string]string, e
 	out := make(map[string]string)
 	for scheme, w := range wrappers() {
 		b, err := w.WrapKeys(ec, key)
+		if errors.Is(err, rsa.ErrMessageTooLong) {
+			return nil, fmt.Errorf("wrap the layer's key with scheme %s: the RSA key is too short for it, take one of 3072 bits or more: %w", scheme, errdefs.ErrInvalidArgument)
+		}
 		if err != nil {
 			return nil, fmt.Errorf("wrap the layer's key with scheme %s: %w", scheme, err)
 		}
