@@ -150,7 +150,7 @@ func readModule(path string) ([]byte, error) {
 
 // signatureMark ends a module that is signed; before it are twelve bytes with
 // the signature's length as the last four, and before those the signature.
-const signatureMark = "~image.Module signature appended~\n"
+const signatureMark = "~Module signature appended~\n"
 
 // unsigned takes the signature off a module. Whoever can change a module in a
 // guest's file can change the kernel there too, so checking it protects nobody,
