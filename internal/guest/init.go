@@ -160,10 +160,13 @@ func enableControllers(dir string) error {
 	if err != nil {
 		return fmt.Errorf("read the controllers: %w", err)
 	}
-	for c := range strings.FieldsSeq(string(b)) {
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+c), 0); err != nil {
-			return fmt.Errorf("enable the controller %s: %w", c, err)
-		}
+	names := strings.Fields(string(b))
+	if len(names) == 0 {
+		return nil
+	}
+	// All at once, for each change goes over all cgroups.
+	if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+strings.Join(names, " +")), 0); err != nil {
+		return fmt.Errorf("enable the controllers %s: %w", strings.Join(names, ", "), err)
 	}
 	return nil
 }

@@ -17,20 +17,24 @@ import (
 // applyNetwork makes the machine's interfaces those that the pod's namespace
 // had outside.
 func applyNetwork(n link.Network) error {
-	lo, err := netlink.LinkByName("lo")
-	if err == nil {
-		err = netlink.LinkSetUp(lo)
-	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE) // one socket for everything
 	if err != nil {
-		return fmt.Errorf("bring the loopback interface up: %w", err)
+		return fmt.Errorf("talk to the kernel about the network: %w", err)
 	}
-	links, err := netlink.LinkList()
+	defer h.Close()
+	links, err := h.LinkList()
 	if err != nil {
 		return fmt.Errorf("list the interfaces: %w", err)
 	}
 	byMAC := map[string]netlink.Link{}
 	for _, l := range links {
 		byMAC[l.Attrs().HardwareAddr.String()] = l
+		if l.Attrs().Flags&net.FlagLoopback == 0 {
+			continue
+		}
+		if err := h.LinkSetUp(l); err != nil {
+			return fmt.Errorf("bring the loopback interface up: %w", err)
+		}
 	}
 	index := map[string]int{}
 	for _, i := range n.Interfaces {
@@ -38,13 +42,13 @@ func applyNetwork(n link.Network) error {
 		if l == nil {
 			return fmt.Errorf("the machine has no interface with the address %s (%s): %w", i.MAC, i.Name, errdefs.ErrNotFound)
 		}
-		if err := applyInterface(l, i); err != nil {
+		if err := applyInterface(h, l, i); err != nil {
 			return fmt.Errorf("set interface %s up: %w", i.Name, err)
 		}
 		index[i.Name] = l.Attrs().Index
 	}
 	for _, r := range n.Routes {
-		if err := applyRoute(r, index[r.Interface]); err != nil {
+		if err := applyRoute(h, r, index[r.Interface]); err != nil {
 			return fmt.Errorf("add the route to %s by %s: %w", r.Dst, r.Interface, err)
 		}
 	}
@@ -53,7 +57,7 @@ func applyNetwork(n link.Network) error {
 		if err != nil {
 			return fmt.Errorf("neighbour %s: %w", nb.Addr, err)
 		}
-		if err := netlink.NeighSet(&netlink.Neigh{LinkIndex: index[nb.Interface], IP: nb.Addr.AsSlice(), HardwareAddr: mac,
+		if err := h.NeighSet(&netlink.Neigh{LinkIndex: index[nb.Interface], IP: nb.Addr.AsSlice(), HardwareAddr: mac,
 			State: netlink.NUD_PERMANENT}); err != nil {
 			return fmt.Errorf("add neighbour %s: %w", nb.Addr, err)
 		}
@@ -61,14 +65,14 @@ func applyNetwork(n link.Network) error {
 	return nil
 }
 
-func applyInterface(l netlink.Link, i link.Interface) error {
+func applyInterface(h *netlink.Handle, l netlink.Link, i link.Interface) error {
 	if l.Attrs().Name != i.Name {
-		if err := netlink.LinkSetName(l, i.Name); err != nil {
+		if err := h.LinkSetName(l, i.Name); err != nil {
 			return err
 		}
 	}
-	if i.MTU > 0 {
-		if err := netlink.LinkSetMTU(l, i.MTU); err != nil {
+	if i.MTU > 0 && i.MTU != l.Attrs().MTU {
+		if err := h.LinkSetMTU(l, i.MTU); err != nil {
 			return err
 		}
 	}
@@ -77,7 +81,7 @@ func applyInterface(l netlink.Link, i link.Interface) error {
 	if err := os.WriteFile(dad, []byte("0"), 0); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
-	if err := netlink.LinkSetUp(l); err != nil {
+	if err := h.LinkSetUp(l); err != nil {
 		return err
 	}
 	for _, a := range i.Addrs {
@@ -85,14 +89,14 @@ func applyInterface(l netlink.Link, i link.Interface) error {
 		if a.Addr().Is6() {
 			addr.Flags = unix.IFA_F_NODAD
 		}
-		if err := netlink.AddrReplace(l, addr); err != nil {
+		if err := h.AddrReplace(l, addr); err != nil {
 			return fmt.Errorf("address %s: %w", a, err)
 		}
 	}
 	return nil
 }
 
-func applyRoute(r link.Route, index int) error {
+func applyRoute(h *netlink.Handle, r link.Route, index int) error {
 	route := &netlink.Route{LinkIndex: index, Scope: netlink.Scope(r.Scope), Priority: r.Metric, MTU: r.MTU,
 		Dst: &net.IPNet{IP: r.Dst.Addr().AsSlice(), Mask: net.CIDRMask(r.Dst.Bits(), r.Dst.Addr().BitLen())}}
 	if r.Gateway.IsValid() {
@@ -104,5 +108,5 @@ func applyRoute(r link.Route, index int) error {
 	if r.OnLink {
 		route.Flags = int(netlink.FLAG_ONLINK)
 	}
-	return netlink.RouteReplace(route)
+	return h.RouteReplace(route)
 }
