@@ -31,6 +31,7 @@ type CgroupMoves struct {
 	users    int
 	expected time.Time // until when a start is expected
 	keeping  bool
+	refused  bool
 	closed   bool
 }
 
@@ -79,7 +80,7 @@ func (m *CgroupMoves) use(want func()) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	want()
-	if !m.keeping && !m.closed && m.procs != "" {
+	if !m.keeping && !m.closed && !m.refused && m.procs != "" {
 		m.keeping = true
 		m.keepers.Go(m.keep)
 	}
@@ -101,9 +102,18 @@ func (m *CgroupMoves) keep() {
 		// 0 is the writing process itself.
 		if err := os.WriteFile(m.procs, []byte("0"), 0); err != nil {
 			m.log.Debug("cgroup moves not made quick, containers start slower", "path", m.procs, "err", err)
+			m.giveUp()
+			return
 		}
 		<-tick.C
 	}
+}
+
+// giveUp leaves the lock alone from now on: who may not do it will not later.
+func (m *CgroupMoves) giveUp() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.keeping, m.refused = false, true
 }
 
 // ownProcs finds cgroup.procs of this process in any mounted hierarchy.

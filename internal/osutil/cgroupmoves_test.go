@@ -90,6 +90,17 @@ func TestCgroupMovesLeftAlone(t *testing.T) {
 	m.Close()
 }
 
+func TestCgroupMovesRefused(t *testing.T) {
+	m := &CgroupMoves{procs: t.TempDir(), log: slog.New(slog.DiscardHandler)}
+	m.Expect()
+	m.keepers.Wait() // at once, and not after expectTime
+	if !m.refused || m.keeping || time.Now().After(m.expected) {
+		t.Errorf("refused %v, keeping %v", m.refused, m.keeping)
+	}
+	m.Hold()()
+	m.Close()
+}
+
 func TestOwnProcs(t *testing.T) {
 	dir := t.TempDir()
 	for _, d := range []string{"pids/a/b", "unified/u", "u"} {
