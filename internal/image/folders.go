@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io/fs"
 	"net/url"
 	"os"
@@ -108,8 +109,15 @@ func (b *bases) idle(needed map[string]bool) (all []*base) {
 func (s *Store) foldersDir() string { return filepath.Join(s.o.Root, "rootfs") }
 
 func (s *Store) folder(key string) string {
-	return filepath.Join(s.foldersDir(), folderName+url.PathEscape(key))
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(key)) // a hash takes everything
+	return filepath.Join(s.foldersDir(), shard(h.Sum32()%shards), folderName+url.PathEscape(key))
 }
+
+// shards is among how many folders root file systems are divided. See spread.
+const shards = 64
+
+func shard(n uint32) string { return fmt.Sprintf("%02x", n) }
 
 // loadFolders finds the root file systems of earlier lives and what they
 // stand on.
@@ -121,9 +129,9 @@ func (s *Store) loadFolders(ctx context.Context) error {
 	if err := spread(s.foldersDir()); err != nil {
 		s.log.Debug("root file systems are not spread over the disk, containers are made slower", "path", s.foldersDir(), "error", err)
 	}
-	entries, err := os.ReadDir(s.foldersDir())
+	keys, err := s.listFolders()
 	if err != nil {
-		return fmt.Errorf("list root file systems: %w", err)
+		return err
 	}
 	if sn := s.snapshotters[snapshotterOverlay]; sn != nil && s.inUse(snapshotterOverlay) {
 		err := sn.Walk(ctx, func(_ context.Context, i snapshots.Info) error {
@@ -136,21 +144,50 @@ func (s *Store) loadFolders(ctx context.Context) error {
 			return fmt.Errorf("list snapshots of %s: %w", snapshotterOverlay, err)
 		}
 	}
-	for _, e := range entries {
-		key, ok := strings.CutPrefix(e.Name(), folderName)
-		if key, err = url.PathUnescape(key); !ok || err != nil {
-			continue
-		}
+	for _, key := range keys {
 		s.roots.set(key, s.readFolder(key))
 	}
 	return nil
+}
+
+// listFolders gives the keys of all root file systems. The first version had
+// them beside the shards; they move, mounted or not.
+func (s *Store) listFolders() (keys []string, err error) {
+	dirs := []string{s.foldersDir()}
+	for n := range uint32(shards) {
+		dir := filepath.Join(s.foldersDir(), shard(n))
+		if err := os.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+			return nil, fmt.Errorf("make a folder of root file systems: %w", err)
+		}
+		dirs = append(dirs, dir)
+	}
+	for _, dir := range dirs {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			return nil, fmt.Errorf("list root file systems: %w", err)
+		}
+		for _, e := range entries {
+			escaped, ok := strings.CutPrefix(e.Name(), folderName)
+			key, err := url.PathUnescape(escaped)
+			if !ok || err != nil {
+				continue
+			}
+			if dir != s.foldersDir() {
+				keys = append(keys, key)
+			} else if err := os.Rename(filepath.Join(dir, e.Name()), s.folder(key)); err != nil {
+				return nil, fmt.Errorf("move a root file system of an earlier version: %w", err)
+			}
+		}
+	}
+	return keys, nil
 }
 
 // spread tells ext4 that the folders in dir have nothing to do with each other,
 // so that it puts them in different block groups (chattr +T). In one group each
 // new file is looked for among all that were deleted lately, which without a
 // journal are passed over for a minute and more: on a node whose containers
-// come and go, that was two thirds of a creation.
+// come and go, that was two thirds of a creation. A group for each container
+// would do, too, but then many containers dirty bitmaps all over the disk.
 func spread(dir string) error {
 	const topdir = 0x20000 // FS_TOPDIR_FL
 	var st unix.Statfs_t

@@ -196,3 +196,30 @@ func TestSpread(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// The first version kept all root file systems in one folder.
+func TestFoldersOfTheFirstVersion(t *testing.T) {
+	r := newRegistry(t)
+	root := t.TempDir()
+	open := func() *Store { return openStore(t, func(o *Options) { o.Root = root }) }
+	s := open()
+	img := mustPull(t, s, r.push(t, "app", "1", imageOf(t, nil, fileLayer(t, "f", []byte("x")))))
+	before, err := s.PrepareRootfs(t.Context(), "k/1", img, RootfsOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(s.folder("k/1"), filepath.Join(s.foldersDir(), "r-k%2F1")); err != nil {
+		t.Fatal(err)
+	}
+	s = open()
+	after, err := s.RootfsMounts(t.Context(), "k/1")
+	if err != nil || !slices.Equal(after[0].Options, before[0].Options) {
+		t.Fatalf("mounts %v, %v; they were %v", after, err, before)
+	}
+	if b, err := os.ReadFile(filepath.Join(show(t, after), "f")); err != nil || string(b) != "x" {
+		t.Errorf("%q, %v", b, err)
+	}
+}
