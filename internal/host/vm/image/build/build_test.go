@@ -78,7 +78,7 @@ func TestBuild(t *testing.T) {
 // cache keeps the package between tests of the project.
 func cache(t *testing.T) string {
 	t.Helper()
-	dir, err := filepath.Abs("../../../../.cache/guests/packages")
+	dir, err := filepath.Abs("../../../../../.cache/guests/packages")
 	if err != nil {
 		t.Fatal(err)
 	}
