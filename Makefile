@@ -25,10 +25,10 @@ all: build
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-build: ## bin/cloister, bin/cloister-shim, bin/cloister-teec
+build: ## bin/cloister, bin/cloister-shim, bin/cloister-agent, bin/cloister-teec
 	CGO_ENABLED=$(CGO) $(GO) build -tags nri_no_wasm $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister
 	CGO_ENABLED=0 $(GO) build $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister-teec
-	CGO_ENABLED=0 $(GO) build -tags no_grpc $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister-shim
+	CGO_ENABLED=0 $(GO) build -tags no_grpc $(GOFLAGS_RELEASE) -o bin/ ./cmd/cloister-shim ./cmd/cloister-agent
 
 demo: ## a pod from an image to its removal, on a private daemon, with times
 	@test/setup oci vm go
@@ -112,6 +112,7 @@ generate: ## Go code out of api/*.proto, docs/configuration.md out of internal/c
 install: build ## into PREFIX (/usr/local), with the systemd unit and shell completion
 	install -D -m 0755 bin/cloister $(DESTDIR)$(PREFIX)/bin/cloister
 	install -D -m 0755 bin/cloister-shim $(DESTDIR)$(PREFIX)/bin/cloister-shim
+	install -D -m 0755 bin/cloister-agent $(DESTDIR)$(PREFIX)/bin/cloister-agent
 	for name in cloister cloister-vm; do ln -sf cloister-shim $(DESTDIR)$(PREFIX)/bin/containerd-shim-$$name-v2; done
 	install -D -m 0755 bin/cloister-teec $(DESTDIR)$(PREFIX)/bin/cloister-teec
 	install -d $(DESTDIR)/etc/systemd/system $(DESTDIR)$(PREFIX)/share/bash-completion/completions

@@ -12,12 +12,10 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime/debug"
 	"strings"
 	"syscall"
 
-	"cloister.dev/internal/guest"
 	"cloister.dev/internal/host/stock"
 )
 
@@ -28,23 +26,12 @@ const usage = `cloister-shim runs containers for the cloister daemon.
   cloister-shim stop  --state DIR [--force]                       end both; containers that run stay (only with --force)
   cloister-shim version
 
-A backend is container (the default) or vm. As the first process of a virtual
-machine, under the name init, the program is the agent in the guest. Under the
-names containerd-shim-cloister-v2 and containerd-shim-cloister-vm-v2 it is a shim
-of containerd.
+A backend is container (the default) or vm. Under the names
+containerd-shim-cloister-v2 and containerd-shim-cloister-vm-v2 the program is a
+shim of containerd.
 `
 
 func main() {
-	if os.Getpid() == 1 && filepath.Base(os.Args[0]) == "init" {
-		guest.Init(version())
-		return
-	}
-	if name := os.Args[len(os.Args)-1]; len(os.Args) > 1 && filepath.Base(os.Args[0]) == "modprobe" {
-		if err := guest.Modprobe(name); err != nil {
-			os.Exit(1) // the kernel, who asks, wants no more
-		}
-		return
-	}
 	if stock.Backend(os.Args[0]) != "" {
 		os.Exit(underContainerd(context.Background(), os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
 	}

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/container"
 	"cloister.dev/internal/host/keeper"
 	"cloister.dev/internal/host/proc"
@@ -70,7 +71,7 @@ func serve(ctx context.Context, o options) error {
 }
 
 // newBackend gives the backend and what is to be done at the end.
-func newBackend(o options, reaper *proc.Reaper) (host.Backend, func()) {
+func newBackend(o options, reaper *proc.Reaper) (backend.Backend, func()) {
 	if o.backend == vmBackend {
 		b := vm.New(o.state, reaper, o.log)
 		return b, b.Close

@@ -19,7 +19,7 @@ func (a *app) guestCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "guest",
 		Short: "Make and list what virtual machines boot",
-		Long: `A guest is a kernel and an initial file system: cloister-shim as its first
+		Long: `A guest is a kernel and an initial file system: cloister-agent as its first
 program, crun with its libraries, and the kernel modules that a guest needs.`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
@@ -46,9 +46,11 @@ same bytes. Machines that run keep what they booted.`,
 				o.Name = args[0]
 			}
 			o.Root = *guests
-			var err error
-			if o.Agent, err = shimProgram(o.Agent); err != nil {
-				return err
+			if o.Agent == "" {
+				var err error
+				if o.Agent, err = siblingProgram("cloister-agent"); err != nil {
+					return err
+				}
 			}
 			if o.Cache == "" {
 				if cache, err := os.UserCacheDir(); err == nil {
@@ -70,7 +72,7 @@ same bytes. Machines that run keep what they booted.`,
 	f.StringVar(&o.Modules, "modules", "", "`folder` of that kernel's modules, named after its version")
 	f.StringSliceVar(&o.ExtraModules, "module", nil, "one more kernel `module`, with what it needs; may be repeated")
 	f.StringVar(&o.Runtime, "crun", "", "crun's `program` (default: found in PATH)")
-	f.StringVar(&o.Agent, "agent", "", "cloister-shim's `program` (default: beside this one, then PATH)")
+	f.StringVar(&o.Agent, "agent", "", "cloister-agent's `program` (default: beside this one, then PATH)")
 	f.StringVar(&o.Cache, "cache", "", "`folder` that keeps downloaded packages (default: the user's cache)")
 	return cmd
 }

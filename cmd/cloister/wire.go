@@ -394,17 +394,26 @@ func shimProgram(configured string) (string, error) {
 	if configured != "" {
 		return configured, nil
 	}
+	path, err := siblingProgram("cloister-shim")
+	if err != nil {
+		return "", fmt.Errorf("%w, or set shim in [cloister]", err)
+	}
+	return path, nil
+}
+
+// siblingProgram finds another of Cloister's programs: beside this one, or in PATH.
+func siblingProgram(name string) (string, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return "", fmt.Errorf("find this program: %w", err)
 	}
-	beside := filepath.Join(filepath.Dir(self), "cloister-shim")
+	beside := filepath.Join(filepath.Dir(self), name)
 	if _, err := os.Stat(beside); err == nil {
 		return beside, nil
 	}
-	path, err := exec.LookPath("cloister-shim")
+	path, err := exec.LookPath(name)
 	if err != nil {
-		return "", fmt.Errorf("find cloister-shim beside %s or in PATH: %w; install it, or set shim in [cloister]", self, err)
+		return "", fmt.Errorf("find %s beside %s or in PATH: %w; install it", name, self, err)
 	}
 	return path, nil
 }

@@ -2,7 +2,6 @@ package config
 
 import (
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"time"
@@ -130,8 +129,8 @@ func defaultDevicePlugin() DevicePlugin {
 }
 
 var (
-	uuidForm     = regexp.MustCompile(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
-	resourceForm = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
+	uuidForm     = form(`^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$`)
+	resourceForm = form(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*/[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$`)
 )
 
 func (j *judge) devicePlugin(c *DevicePlugin) {
@@ -174,7 +173,7 @@ func (j *judge) trustZone(t *TrustZone) {
 	at := keyPath{"device_plugin", "trustzone"}
 	j.resource(at.and("resource"), t.Resource, false)
 	j.require(t.Library != "", at.and("library"), "is empty; name the TEE client library, such as libteec.so")
-	j.require(uuidForm.MatchString(t.TAUUID), at.and("ta_uuid"), "is %q; a UUID is written 8-4-4-4-12 hexadecimal digits", t.TAUUID)
+	j.require(uuidForm().MatchString(t.TAUUID), at.and("ta_uuid"), "is %q; a UUID is written 8-4-4-4-12 hexadecimal digits", t.TAUUID)
 	j.oneOf(at.and("login"), t.Login, "identify", "public")
 	j.require(t.Reserve >= 0, at.and("reserve"), "may not be negative")
 	for _, p := range slices.Concat(t.Devices, t.Folders) {
@@ -190,6 +189,6 @@ func (j *judge) resource(at keyPath, name string, mayBeEmpty bool) {
 		return
 	}
 	domain, _, _ := strings.Cut(name, "/")
-	ok := resourceForm.MatchString(name) && domain != "kubernetes.io" && !strings.HasSuffix(domain, ".kubernetes.io")
+	ok := resourceForm().MatchString(name) && domain != "kubernetes.io" && !strings.HasSuffix(domain, ".kubernetes.io")
 	j.require(ok, at, "is %q; an extended resource is written DOMAIN/NAME, in a domain that is not Kubernetes' own", name)
 }

@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"io"
 	"reflect"
-	"regexp"
 	"slices"
 	"strings"
 
@@ -69,11 +68,11 @@ func (l *loader) values(c Config) []Value {
 	return all
 }
 
-var secretName = regexp.MustCompile(`(?i)auth|token|secret|password|cookie|key`)
+var secretName = form(`(?i)auth|token|secret|password|cookie|key`)
 
 // hides tells of values of a free name whether they may be secrets.
 func hides(path keyPath) bool {
-	return slices.Contains(path, "headers") && secretName.MatchString(path.last())
+	return slices.Contains(path, "headers") && secretName().MatchString(path.last())
 }
 
 // WriteValues writes a configuration as a file in the newest form, with the

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sort"
 	"strings"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	"github.com/pelletier/go-toml/v2"
@@ -30,13 +31,19 @@ func (p place) fault(format string, args ...any) error {
 // keyPath is a key with the tables that it is in.
 type keyPath []string
 
-var bareKey = regexp.MustCompile(`^[A-Za-z0-9_-]+$`)
+// form is a regular expression, compiled when it is first used: this package
+// is in programs whose start is waited for, a guest's first one among them.
+func form(expr string) func() *regexp.Regexp {
+	return sync.OnceValue(func() *regexp.Regexp { return regexp.MustCompile(expr) })
+}
+
+var bareKey = form(`^[A-Za-z0-9_-]+$`)
 
 // String writes the key as a file would.
 func (k keyPath) String() string {
 	parts := make([]string, len(k))
 	for i, p := range k {
-		if parts[i] = p; !bareKey.MatchString(p) {
+		if parts[i] = p; !bareKey().MatchString(p) {
 			parts[i] = fmt.Sprintf("%q", p)
 		}
 	}

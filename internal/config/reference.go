@@ -9,7 +9,6 @@ import (
 	"go/token"
 	"io/fs"
 	"reflect"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -204,7 +203,7 @@ func readFieldDocs() (map[string]string, error) {
 	}
 	for name, text := range docs {
 		own, _, _ := strings.Cut(name, ".")
-		docs[name] = goName.ReplaceAllStringFunc(text, func(word string) string {
+		docs[name] = goName().ReplaceAllStringFunc(text, func(word string) string {
 			if key := cmp.Or(keys[word], keys[own+"."+word]); key != "" {
 				return "`" + key + "`"
 			}
@@ -237,7 +236,7 @@ func noteStruct(n ast.Node, docs, keys map[string]string) bool {
 }
 
 // goName finds what may be the Go name of a key, alone or with its type.
-var goName = regexp.MustCompile(`\b([A-Z][a-zA-Z]+\.)?[A-Z]+[a-z]+[A-Z][a-zA-Z]*\b|\b[A-Z][a-zA-Z]+\.[A-Z][a-zA-Z]+\b`)
+var goName = form(`\b([A-Z][a-zA-Z]+\.)?[A-Z]+[a-z]+[A-Z][a-zA-Z]*\b|\b[A-Z][a-zA-Z]+\.[A-Z][a-zA-Z]+\b`)
 
 // sentence drops the field's Go name from the beginning of its comment.
 func sentence(field, text string) string {

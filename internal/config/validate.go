@@ -6,7 +6,6 @@ import (
 	"maps"
 	"net/netip"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -109,7 +108,7 @@ func (j *judge) runtime(c *Runtime) {
 }
 
 // shimType is the form of a runtime_type out of which a shim's name is made.
-var shimType = regexp.MustCompile(`^io\.containerd\.[a-z0-9-]+\.v[0-9]+$`)
+var shimType = form(`^io\.containerd\.[a-z0-9-]+\.v[0-9]+$`)
 
 func (j *judge) handlers(c *Containerd) {
 	for _, name := range slices.Sorted(maps.Keys(c.Runtimes)) {
@@ -123,7 +122,7 @@ func (j *judge) handlers(c *Containerd) {
 
 func (j *judge) handler(at keyPath, h Handler) {
 	j.require(h.RuntimeType != "" || h.RuntimePath != "", at, "has no runtime_type; io.containerd.runc.v2 serves runc, crun and runsc")
-	j.require(h.RuntimeType == "" || h.RuntimePath != "" || shimType.MatchString(h.RuntimeType), at.and("runtime_type"),
+	j.require(h.RuntimeType == "" || h.RuntimePath != "" || shimType().MatchString(h.RuntimeType), at.and("runtime_type"),
 		"is %q; it has the form io.containerd.NAME.VERSION, or runtime_path names the shim", h.RuntimeType)
 	j.require(h.RuntimePath == "" || filepath.IsAbs(h.RuntimePath), at.and("runtime_path"), "has to be absolute")
 	j.require(h.BaseRuntimeSpec == "" || filepath.IsAbs(h.BaseRuntimeSpec), at.and("base_runtime_spec"), "has to be absolute")

@@ -15,7 +15,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	guestv1 "cloister.dev/api/guest/v1"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/container"
 	"cloister.dev/internal/host/proc"
 	"cloister.dev/internal/host/vm/image"
@@ -23,15 +23,15 @@ import (
 
 // Agent serves the host's calls.
 type Agent struct {
-	log      *slog.Logger
-	backend  *container.Backend
-	ports    *ports
-	reaper   *proc.Reaper
-	contents image.Contents
-	version  string
-	began    time.Time
+	log     *slog.Logger
+	backend *container.Backend
+	ports   *ports
+	reaper  *proc.Reaper
+	began   time.Time
 
-	setup setup
+	setup    setup
+	ready    func() error   // does makeReady once
+	contents image.Contents // once ready
 
 	mu    sync.Mutex
 	tasks map[string]*task
@@ -39,7 +39,7 @@ type Agent struct {
 
 // task is a container of the pod.
 type task struct {
-	spec host.TaskSpec
+	spec backend.TaskSpec
 	op   sync.Mutex // held while the container is changed
 	held []held     // guarded by op
 
@@ -49,7 +49,7 @@ type task struct {
 
 // process is a process of a task, until the host forgets it.
 type process struct {
-	host.Process
+	backend.Process
 	relay   *relay
 	console *os.File
 	pidfd   *os.File
@@ -96,8 +96,11 @@ func (a *Agent) Launch(ctx context.Context, r *guestv1.LaunchRequest) (*guestv1.
 		return nil, fmt.Errorf("task %q is no name: %w", r.Task, errdefs.ErrInvalidArgument)
 	}
 	dir := filepath.Join(tasksDir, r.Task)
-	t := &task{processes: map[string]*process{}, spec: host.TaskSpec{ID: r.Task, Bundle: dir, Dir: dir,
-		Terminal: r.Streams.GetTerminal() != "", RunOnStart: r.Run, Runtime: host.Runtime{Binary: a.contents.Runtime, Root: runDir + "/runtime"}}}
+	if err := a.ready(); err != nil {
+		return nil, err
+	}
+	t := &task{processes: map[string]*process{}, spec: backend.TaskSpec{ID: r.Task, Bundle: dir, Dir: dir,
+		Terminal: r.Streams.GetTerminal() != "", RunOnStart: r.Run, Runtime: backend.Runtime{Binary: a.contents.Runtime, Root: runDir + "/runtime"}}}
 	t.op.Lock()
 	defer t.op.Unlock()
 	a.mu.Lock()
@@ -135,7 +138,7 @@ func (a *Agent) launch(ctx context.Context, t *task, r *guestv1.LaunchRequest) (
 	if r.Run {
 		start = a.backend.Start
 	}
-	p, err := a.run(ctx, t, "", r.Streams, func(s host.Streams, exited func(proc.Exit)) (host.Started, error) {
+	p, err := a.run(ctx, t, "", r.Streams, func(s backend.Streams, exited func(proc.Exit)) (backend.Started, error) {
 		return start(ctx, &t.spec, s, exited)
 	})
 	if err != nil {
@@ -147,7 +150,7 @@ func (a *Agent) launch(ctx context.Context, t *task, r *guestv1.LaunchRequest) (
 }
 
 // run makes a process with its streams and notes it.
-func (a *Agent) run(ctx context.Context, t *task, exec string, s *guestv1.Streams, start func(host.Streams, func(proc.Exit)) (host.Started, error)) (*process, error) {
+func (a *Agent) run(ctx context.Context, t *task, exec string, s *guestv1.Streams, start func(backend.Streams, func(proc.Exit)) (backend.Started, error)) (*process, error) {
 	relay, child, err := a.prepare(ctx, s)
 	if err != nil {
 		return nil, err
@@ -158,7 +161,7 @@ func (a *Agent) run(ctx context.Context, t *task, exec string, s *guestv1.Stream
 		close(p.ended)
 	}
 	st, err := start(child, exited)
-	closeStreams(child)
+	child.Close()
 	if err != nil {
 		relay.close()
 		return nil, err
@@ -178,7 +181,7 @@ func (a *Agent) run(ctx context.Context, t *task, exec string, s *guestv1.Stream
 // Start is part of the service.
 func (a *Agent) Start(ctx context.Context, r *guestv1.TaskRequest) (*emptypb.Empty, error) {
 	return a.change(ctx, r.Task, func(ctx context.Context, t *task) error {
-		_, err := a.backend.Start(ctx, &t.spec, host.Streams{}, func(proc.Exit) {})
+		_, err := a.backend.Start(ctx, &t.spec, backend.Streams{}, func(proc.Exit) {})
 		return err
 	})
 }
@@ -207,7 +210,7 @@ func (a *Agent) Exec(ctx context.Context, r *guestv1.ExecRequest) (*guestv1.Laun
 	if r.Exec == "" || filepath.Base(r.Exec) != r.Exec {
 		return nil, fmt.Errorf("exec %q is no name: %w", r.Exec, errdefs.ErrInvalidArgument)
 	}
-	p, err := a.run(ctx, t, r.Exec, r.Streams, func(s host.Streams, exited func(proc.Exit)) (host.Started, error) {
+	p, err := a.run(ctx, t, r.Exec, r.Streams, func(s backend.Streams, exited func(proc.Exit)) (backend.Started, error) {
 		return a.backend.Exec(ctx, &t.spec, r.Exec, r.Process, s, exited)
 	})
 	if err != nil {
@@ -274,13 +277,13 @@ func (a *Agent) Settle(ctx context.Context, r *guestv1.TaskRequest) (*guestv1.Se
 	return resp, err
 }
 
-func (a *Agent) init(t *task) host.Process {
+func (a *Agent) init(t *task) backend.Process {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if p := t.processes[""]; p != nil {
 		return p.Process
 	}
-	return host.Process{}
+	return backend.Process{}
 }
 
 // Delete is part of the service.

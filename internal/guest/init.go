@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -32,10 +33,10 @@ const (
 
 // Init is the first process of a machine. It returns only by turning the
 // machine off.
-func Init(version string) {
+func Init() {
 	var level slog.LevelVar
 	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: &level}))
-	err := run(version, log, &level)
+	err := run(log, &level)
 	log.Error("this machine cannot be a pod", "err", err)
 	unix.Sync()
 	if err := unix.Reboot(unix.LINUX_REBOOT_CMD_RESTART); err != nil {
@@ -43,9 +44,9 @@ func Init(version string) {
 	}
 }
 
-func run(version string, log *slog.Logger, level *slog.LevelVar) error {
+func run(log *slog.Logger, level *slog.LevelVar) error {
 	// Until the machine is a pod, which needs a few megabytes, a collection
-	// would only make somebody wait for it. See Setup.
+	// would only make somebody wait for it. See makeReady.
 	debug.SetGCPercent(-1)
 	began := time.Now()
 	if err := mountKernel(); err != nil {
@@ -56,11 +57,7 @@ func run(version string, log *slog.Logger, level *slog.LevelVar) error {
 	}
 	// An unreadable level leaves the default.
 	_ = level.UnmarshalText([]byte(parameter(logParam)))
-	contents, err := readContents()
-	if err != nil {
-		return err
-	}
-	if err := loadModules(contents, parameter(machineParam)); err != nil {
+	if err := loadModules(parameter(machineParam)); err != nil {
 		return err
 	}
 	if err := answerModprobe(); err != nil {
@@ -69,7 +66,7 @@ func run(version string, log *slog.Logger, level *slog.LevelVar) error {
 	if err := leaveInitialRoot(); err != nil {
 		return err
 	}
-	if err := mountFolders(); err != nil {
+	if err := mountRun(); err != nil {
 		return err
 	}
 	reaper, err := proc.NewReaper(log, runDir+"/exits")
@@ -84,7 +81,8 @@ func run(version string, log *slog.Logger, level *slog.LevelVar) error {
 	}
 	go ports.run(ctx)
 	a := &Agent{log: log, backend: container.New(runDir, reaper, log).WithoutQuickMoves(), ports: ports, reaper: reaper,
-		contents: contents, version: version, began: began, tasks: map[string]*task{}}
+		began: began, tasks: map[string]*task{}}
+	a.ready = sync.OnceValue(a.makeReady)
 	srv, err := ttrpc.NewServer(ttrpc.WithUnaryServerInterceptor(a.intercept))
 	if err != nil {
 		return err
@@ -130,45 +128,12 @@ func mountKernel() error {
 	})
 }
 
-func mountFolders() error {
-	if err := mountAll([]fileSystem{
-		{"devpts", "/dev/pts", unix.MS_NOSUID | unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=620,gid=5"},
-		{"tmpfs", "/dev/shm", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
-		{"tmpfs", "/run", unix.MS_NOSUID | unix.MS_NODEV, "mode=755"},
-		{"tmpfs", "/tmp", unix.MS_NOSUID | unix.MS_NODEV, "mode=1777"},
-		{"cgroup2", "/sys/fs/cgroup", locked, "nsdelegate,memory_recursiveprot"},
-		{"mqueue", "/dev/mqueue", locked, ""},
-	}); err != nil {
+// mountRun mounts what the agent itself uses.
+func mountRun() error {
+	if err := mountAll([]fileSystem{{"tmpfs", "/run", unix.MS_NOSUID | unix.MS_NODEV, "mode=755"}}); err != nil {
 		return err
 	}
-	for _, dir := range []string{runDir, tasksDir, ShareDir, ShmDir} {
-		if err := os.MkdirAll(dir, 0o755); err != nil {
-			return err
-		}
-	}
-	for name, to := range map[string]string{"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2"} {
-		if err := os.Symlink(to, filepath.Join("/dev", name)); err != nil && !errors.Is(err, os.ErrExist) {
-			return err
-		}
-	}
-	return enableControllers("/sys/fs/cgroup")
-}
-
-// enableControllers lets the cgroups of containers have all controllers.
-func enableControllers(dir string) error {
-	b, err := os.ReadFile(filepath.Join(dir, "cgroup.controllers"))
-	if err != nil {
-		return fmt.Errorf("read the controllers: %w", err)
-	}
-	names := strings.Fields(string(b))
-	if len(names) == 0 {
-		return nil
-	}
-	// All at once, for each change goes over all cgroups.
-	if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+strings.Join(names, " +")), 0); err != nil {
-		return fmt.Errorf("enable the controllers %s: %w", strings.Join(names, ", "), err)
-	}
-	return nil
+	return os.Mkdir(runDir, 0o755)
 }
 
 // leaveInitialRoot makes a second mount of the initial file system the root:
@@ -224,8 +189,12 @@ func readContents() (image.Contents, error) {
 }
 
 // loadModules loads what a machine of this type needs from the start.
-func loadModules(c image.Contents, machine string) error {
-	for _, path := range c.Boot[machine] {
+func loadModules(machine string) error {
+	b, err := os.ReadFile(image.BootPath(machine))
+	if err != nil {
+		return fmt.Errorf("read which modules this machine needs: %w", err)
+	}
+	for path := range strings.FieldsSeq(string(b)) {
 		if err := loadModule(path); err != nil {
 			return err
 		}
@@ -266,12 +235,21 @@ func Modprobe(name string) error {
 	if err != nil {
 		return err
 	}
-	files := c.Find(name)
-	if len(files) == 0 {
+	if len(c.Find(name)) == 0 {
 		return fmt.Errorf("module %q is not in this guest: %w", name, errdefs.ErrNotFound)
 	}
-	for _, f := range files {
-		if err := loadModule(f); err != nil {
+	return loadNamed(c, name)
+}
+
+// loadNamed loads a module with what it needs. One that the guest does not
+// have is taken to be in its kernel.
+func loadNamed(c image.Contents, name string) error {
+	for _, file := range c.Find(name) {
+		// Loading again does no harm, but the kernel reads the whole file first.
+		if _, err := os.Stat("/sys/module/" + strings.TrimSuffix(filepath.Base(file), ".ko")); err == nil {
+			continue
+		}
+		if err := loadModule(file); err != nil {
 			return err
 		}
 	}

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	guestv1 "cloister.dev/api/guest/v1"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/osutil"
 )
 
@@ -36,11 +36,11 @@ type output struct {
 
 // prepare opens the ports and makes the pipes; child are the ends for the
 // process, which the caller closes.
-func (a *Agent) prepare(ctx context.Context, s *guestv1.Streams) (r *relay, child host.Streams, err error) {
+func (a *Agent) prepare(ctx context.Context, s *guestv1.Streams) (r *relay, child backend.Streams, err error) {
 	r = &relay{log: a.log}
 	defer func() {
 		if err != nil {
-			closeStreams(child)
+			child.Close()
 			r.close()
 		}
 	}()
@@ -56,14 +56,6 @@ func (a *Agent) prepare(ctx context.Context, s *guestv1.Streams) (r *relay, chil
 	}
 	child.Stdin, err = r.addInput(ctx, a.ports, s.GetStdin())
 	return r, child, err
-}
-
-func closeStreams(s host.Streams) {
-	for _, f := range []*os.File{s.Stdin, s.Stdout, s.Stderr} {
-		if f != nil {
-			f.Close()
-		}
-	}
 }
 
 // pipeSize is that of an output: what a container writes at once should not

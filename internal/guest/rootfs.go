@@ -27,10 +27,8 @@ func (a *Agent) mountRootfs(ctx context.Context, dir string, r *guestv1.Rootfs) 
 	layers, root := filepath.Join(dir, layersDir), filepath.Join(dir, rootDir)
 	// The kernel would ask for them, but a program that it starts takes longer.
 	for _, name := range []string{"erofs", "overlay"} {
-		for _, file := range a.contents.Find(name) {
-			if err := loadModule(file); err != nil {
-				return "", err
-			}
+		if err := loadNamed(a.contents, name); err != nil {
+			return "", err
 		}
 	}
 	if err := os.Mkdir(root, 0o755); err != nil {

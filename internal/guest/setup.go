@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
-	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -18,44 +16,35 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 
 	guestv1 "cloister.dev/api/guest/v1"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 	"cloister.dev/internal/host/vm/link"
 	"cloister.dev/internal/osutil"
 )
 
-// gcPercent keeps the agent small: its memory is the pod's.
-const gcPercent = 50
-
 // setup is what Setup has done.
 type setup struct {
-	mu   sync.Mutex
-	done bool
-	err  error
+	mu      sync.Mutex
+	request *guestv1.SetupRequest // nil: not called yet
+	err     error
 }
 
 // Setup is part of the service.
 func (a *Agent) Setup(ctx context.Context, r *guestv1.SetupRequest) (*guestv1.SetupResponse, error) {
 	a.setup.mu.Lock()
 	defer a.setup.mu.Unlock()
-	if !a.setup.done {
-		a.setup.done = true
+	if a.setup.request == nil {
+		a.setup.request = r
 		a.setup.err = a.makePod(context.WithoutCancel(ctx), r)
-		debug.SetGCPercent(gcPercent)
 	}
 	if a.setup.err != nil {
 		return nil, a.setup.err
 	}
-	resp := &guestv1.SetupResponse{Version: a.version, Cpus: uint32(runtime.NumCPU())}
+	resp := &guestv1.SetupResponse{UptimeMillis: a.began.Sub(bootTime()).Milliseconds()}
 	var u unix.Utsname
 	if unix.Uname(&u) == nil {
 		resp.Kernel = unix.ByteSliceToString(u.Release[:])
 	}
-	var info unix.Sysinfo_t
-	if unix.Sysinfo(&info) == nil {
-		resp.Memory = int64(info.Totalram) * int64(info.Unit)
-	}
-	resp.UptimeMillis = a.began.Sub(bootTime()).Milliseconds()
 	return resp, nil
 }
 
@@ -76,18 +65,6 @@ func (a *Agent) makePod(ctx context.Context, r *guestv1.SetupRequest) error {
 		if err := unix.Sethostname([]byte(r.Hostname)); err != nil {
 			return fmt.Errorf("set the hostname: %w", err)
 		}
-	}
-	if r.ShareTag != "" {
-		if err := unix.Mount(r.ShareTag, ShareDir, "virtiofs", 0, ""); err != nil {
-			return fmt.Errorf("mount the host's files (virtio-fs %q): %w", r.ShareTag, err)
-		}
-	}
-	shm := "mode=1777"
-	if r.ShmBytes > 0 {
-		shm += fmt.Sprintf(",size=%d", r.ShmBytes)
-	}
-	if err := unix.Mount("shm", ShmDir, "tmpfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, shm); err != nil {
-		return fmt.Errorf("mount shared memory: %w", err)
 	}
 	var network link.Network
 	if len(r.Network) > 0 {
@@ -111,7 +88,7 @@ func (a *Agent) makePod(ctx context.Context, r *guestv1.SetupRequest) error {
 
 // holdPIDs makes the PID namespace that the containers share.
 func (a *Agent) holdPIDs(ctx context.Context) error {
-	st, err := a.backend.StartSandbox(ctx, &host.SandboxSpec{ID: "pod", Dir: runDir, SharePID: true}, func(e proc.Exit) {
+	st, err := a.backend.StartSandbox(ctx, &backend.SandboxSpec{ID: "pod", Dir: runDir, SharePID: true}, func(e proc.Exit) {
 		a.log.Error("the holder of the PID namespace ended", "status", e.Status)
 	})
 	if err != nil {

@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/stdio"
 )
 
@@ -23,13 +24,13 @@ type clientIO struct {
 }
 
 // childStreams opens the client's FIFOs for a process.
-func (c clientIO) childStreams(ctx context.Context) (s Streams, err error) {
+func (c clientIO) childStreams(ctx context.Context) (s backend.Streams, err error) {
 	if c.Terminal {
-		return Streams{Terminal: true}, nil
+		return backend.Streams{Terminal: true}, nil
 	}
 	defer func() {
 		if err != nil {
-			s.close()
+			s.Close()
 		}
 	}()
 	if s.Stdout, err = openOutput(ctx, c.Stdout); err != nil {

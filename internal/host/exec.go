@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -105,7 +106,7 @@ func (x *execution) start(ctx context.Context) (pid int, err error) {
 	if err != nil {
 		return 0, err
 	}
-	defer s.close()
+	defer s.Close()
 	if err := x.claim(); err != nil {
 		return 0, err
 	}
@@ -156,7 +157,7 @@ func (x *execution) claim() error {
 
 // adopt notes the process that was made, unless the exec went with its task
 // meanwhile.
-func (x *execution) adopt(st Started) error {
+func (x *execution) adopt(st backend.Started) error {
 	x.mu.Lock()
 	gone := x.gone
 	if !gone {

@@ -40,6 +40,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/keeper"
 	"cloister.dev/internal/host/stdio"
 )
@@ -48,7 +49,7 @@ import (
 type Host struct {
 	dir     string
 	version string
-	backend Backend
+	backend backend.Backend
 	store   *keeper.Store
 	log     *slog.Logger
 	bufs    stdio.Buffers
@@ -64,7 +65,7 @@ type Host struct {
 type Config struct {
 	Dir     string
 	Version string
-	Backend Backend
+	Backend backend.Backend
 	Store   *keeper.Store       // nil: without a keeper
 	Held    map[string]*os.File // what the keeper gave back; the Host owns them
 	Log     *slog.Logger

@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/keeper"
 	"cloister.dev/internal/host/stdio"
 	"cloister.dev/internal/osutil"
@@ -148,13 +149,13 @@ func take(held map[string]*os.File, name string) *os.File {
 
 // childStreams opens the ends for the container. Outputs are opened for
 // reading too, so that the container never meets EPIPE while nobody reads.
-func (t *taskIO) childStreams() (s Streams, err error) {
+func (t *taskIO) childStreams() (s backend.Streams, err error) {
 	if t.Terminal {
-		return Streams{Terminal: true}, nil
+		return backend.Streams{Terminal: true}, nil
 	}
 	defer func() {
 		if err != nil {
-			s.close()
+			s.Close()
 		}
 	}()
 	if s.Stdout, err = t.childEnd("stdout", unix.O_RDWR); err != nil {
@@ -189,14 +190,6 @@ func (t *taskIO) childEnd(stream string, flags int) (*os.File, error) {
 		return nil, fmt.Errorf("prepare %s for the container: %w", stream, err)
 	}
 	return f, nil
-}
-
-func (s *Streams) close() {
-	for _, f := range []*os.File{s.Stdin, s.Stdout, s.Stderr} {
-		if f != nil {
-			f.Close()
-		}
-	}
 }
 
 // discard throws away what a container that did not start left in its pipes.

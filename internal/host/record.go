@@ -14,6 +14,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -30,15 +31,15 @@ const (
 
 // taskRecord is a task on disk.
 type taskRecord struct {
-	Spec      TaskSpec   `json:"spec"`
-	IO        ioSpec     `json:"io"`
-	Phase     phase      `json:"phase"`
-	Init      Process    `json:"init"`
-	Exit      *proc.Exit `json:"exit,omitempty"`
-	Settled   bool       `json:"settled,omitempty"` // what follows an exit was done
-	OOM       bool       `json:"oom,omitempty"`
-	Paused    bool       `json:"paused,omitempty"`
-	CreatedAt time.Time  `json:"createdAt"`
+	Spec      backend.TaskSpec `json:"spec"`
+	IO        ioSpec           `json:"io"`
+	Phase     phase            `json:"phase"`
+	Init      backend.Process  `json:"init"`
+	Exit      *proc.Exit       `json:"exit,omitempty"`
+	Settled   bool             `json:"settled,omitempty"` // what follows an exit was done
+	OOM       bool             `json:"oom,omitempty"`
+	Paused    bool             `json:"paused,omitempty"`
+	CreatedAt time.Time        `json:"createdAt"`
 }
 
 // execRecord is one more process of a task on disk.
@@ -47,17 +48,17 @@ type execRecord struct {
 	Process json.RawMessage `json:"process"`
 	IO      clientIO        `json:"io"`
 	Phase   phase           `json:"phase"`
-	Init    Process         `json:"init"`
+	Init    backend.Process `json:"init"`
 	Exit    *proc.Exit      `json:"exit,omitempty"`
 }
 
 // sandboxRecord is a sandbox on disk.
 type sandboxRecord struct {
-	Spec      SandboxSpec `json:"spec"`
-	Phase     phase       `json:"phase"`
-	Holder    Process     `json:"holder"`
-	CreatedAt time.Time   `json:"createdAt"`
-	Exit      *proc.Exit  `json:"exit,omitempty"` // also set by StopSandbox
+	Spec      backend.SandboxSpec `json:"spec"`
+	Phase     phase               `json:"phase"`
+	Holder    backend.Process     `json:"holder"`
+	CreatedAt time.Time           `json:"createdAt"`
+	Exit      *proc.Exit          `json:"exit,omitempty"` // also set by StopSandbox
 }
 
 // A record's file is a list of its versions, one a line, and the last whole one

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	hostv1 "cloister.dev/api/host/v1"
+	"cloister.dev/internal/host/backend"
 )
 
 // newTaskRecord turns a request, from Cloister's daemon or from a stock
@@ -34,9 +35,9 @@ func (h *Host) newTaskRecord(r *taskapi.CreateTaskRequest) (taskRecord, error) {
 	if r.Checkpoint != "" {
 		return rec, fmt.Errorf("task %s: restore from a checkpoint: %w", r.ID, errdefs.ErrNotImplemented)
 	}
-	rec.Spec = TaskSpec{ID: r.ID, Bundle: r.Bundle, Dir: h.taskDir(r.ID), Terminal: r.Terminal}
+	rec.Spec = backend.TaskSpec{ID: r.ID, Bundle: r.Bundle, Dir: h.taskDir(r.ID), Terminal: r.Terminal}
 	for _, m := range r.Rootfs {
-		rec.Spec.Rootfs = append(rec.Spec.Rootfs, Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
+		rec.Spec.Rootfs = append(rec.Spec.Rootfs, backend.Mount{Type: m.Type, Source: m.Source, Target: m.Target, Options: m.Options})
 	}
 	return rec, rec.readOptions(r)
 }
@@ -62,7 +63,7 @@ func (rec *taskRecord) readOptions(r *taskapi.CreateTaskRequest) error {
 	default:
 		return fmt.Errorf("task %s: options of type %q are not known here: %w", r.ID, r.Options.TypeUrl, errdefs.ErrInvalidArgument)
 	}
-	rec.Spec.Runtime = Runtime{Binary: runc.BinaryName, Root: runc.Root, SystemdCgroup: runc.SystemdCgroup,
+	rec.Spec.Runtime = backend.Runtime{Binary: runc.BinaryName, Root: runc.Root, SystemdCgroup: runc.SystemdCgroup,
 		NoNewKeyring: runc.NoNewKeyring, NoPivotRoot: runc.NoPivotRoot}
 	rec.IO.Client = &clientIO{Stdin: r.Stdin, Stdout: r.Stdout, Stderr: r.Stderr, Terminal: r.Terminal}
 	return nil
@@ -70,7 +71,7 @@ func (rec *taskRecord) readOptions(r *taskapi.CreateTaskRequest) error {
 
 func (rec *taskRecord) readOwn(o *hostv1.TaskOptions) error {
 	s := &rec.Spec
-	s.Runtime = Runtime{Binary: o.BinaryName, Root: o.Root, SystemdCgroup: o.SystemdCgroup, NoNewKeyring: o.NoNewKeyring,
+	s.Runtime = backend.Runtime{Binary: o.BinaryName, Root: o.Root, SystemdCgroup: o.SystemdCgroup, NoNewKeyring: o.NoNewKeyring,
 		NoPivotRoot: o.NoPivotRoot, NoCgroup: o.NoCgroup}
 	s.RunOnStart, s.Sandbox, s.TargetTask = o.RunOnStart, o.SandboxId, o.TargetTask
 	log := o.GetLog()

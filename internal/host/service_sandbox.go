@@ -20,6 +20,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	hostv1 "cloister.dev/api/host/v1"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -156,7 +157,7 @@ func (h *Host) recoverSandbox(ctx context.Context, id string, held map[string]*o
 		s.pidfd = pidfd
 		close(s.ended)
 	case rec.Holder.Pid != 0:
-		s.pidfd = h.backend.Watch(&TaskSpec{ID: id}, rec.Holder, pidfd, s.exited)
+		s.pidfd = h.backend.Watch(&backend.TaskSpec{ID: id}, rec.Holder, pidfd, s.exited)
 		h.store.Put(s.keptName(), s.pidfd)
 	case rec.Phase == phaseStarting:
 		if err := h.backend.StopSandbox(ctx, &rec.Spec, rec.Holder); err != nil {
@@ -174,7 +175,7 @@ func (s sandboxService) CreateSandbox(_ context.Context, r *sandboxapi.CreateSan
 	if err := checkID("sandbox", r.SandboxID); err != nil {
 		return nil, err
 	}
-	spec := SandboxSpec{ID: r.SandboxID, Bundle: r.BundlePath, Dir: s.h.sandboxDir(r.SandboxID), NetNS: r.NetnsPath, Annotations: r.Annotations}
+	spec := backend.SandboxSpec{ID: r.SandboxID, Bundle: r.BundlePath, Dir: s.h.sandboxDir(r.SandboxID), NetNS: r.NetnsPath, Annotations: r.Annotations}
 	var o hostv1.SandboxOptions
 	// Options of other types (a stock containerd sends the pod's config) say
 	// nothing that this host needs.

@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/emptypb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -78,7 +79,7 @@ func (s taskService) Delete(ctx context.Context, r *taskapi.DeleteRequest) (*tas
 	if err != nil {
 		return nil, err
 	}
-	var init Process
+	var init backend.Process
 	var exit *proc.Exit
 	if r.ExecID == "" {
 		rec, err := t.delete(ctx)
@@ -264,7 +265,7 @@ func (s taskService) Resume(ctx context.Context, r *taskapi.ResumeRequest) (*emp
 	return s.change(ctx, r.ID, s.h.backend.Resume, func(r *taskRecord) { r.Paused = false })
 }
 
-func (s taskService) change(ctx context.Context, id string, act func(context.Context, *TaskSpec) error, note func(*taskRecord)) (*emptypb.Empty, error) {
+func (s taskService) change(ctx context.Context, id string, act func(context.Context, *backend.TaskSpec) error, note func(*taskRecord)) (*emptypb.Empty, error) {
 	t, err := s.h.task(id)
 	if err != nil {
 		return nil, err
@@ -289,7 +290,7 @@ func (s taskService) Update(ctx context.Context, r *taskapi.UpdateTaskRequest) (
 	if len(r.Resources.GetValue()) == 0 {
 		return nil, fmt.Errorf("update task %s: no resources given: %w", r.ID, errdefs.ErrInvalidArgument)
 	}
-	return s.change(ctx, r.ID, func(ctx context.Context, t *TaskSpec) error {
+	return s.change(ctx, r.ID, func(ctx context.Context, t *backend.TaskSpec) error {
 		return s.h.backend.Update(ctx, t, r.Resources.Value)
 	}, func(*taskRecord) {})
 }
@@ -326,7 +327,7 @@ func (s taskService) ResizePty(ctx context.Context, r *taskapi.ResizePtyRequest)
 		term = x.term
 		x.mu.Unlock()
 	}
-	switch b, elsewhere := s.h.backend.(TerminalResizer); {
+	switch b, elsewhere := s.h.backend.(backend.TerminalResizer); {
 	case elsewhere:
 		return &emptypb.Empty{}, b.ResizeTerminal(ctx, &rec.Spec, p, r.Width, r.Height)
 	case r.ExecID == "" && t.io != nil:

@@ -12,6 +12,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -118,11 +119,11 @@ func (t *task) create(ctx context.Context) (pid int, err error) {
 	return pid, nil
 }
 
-type launcher func(context.Context, *TaskSpec, Streams, func(proc.Exit)) (Started, error)
+type launcher func(context.Context, *backend.TaskSpec, backend.Streams, func(proc.Exit)) (backend.Started, error)
 
 // launch makes init with its streams; op is held.
 func (t *task) launch(ctx context.Context, launch launcher) (pid int, err error) {
-	var s Streams
+	var s backend.Streams
 	if t.io != nil {
 		s, err = t.io.childStreams()
 	} else {
@@ -131,7 +132,7 @@ func (t *task) launch(ctx context.Context, launch launcher) (pid int, err error)
 	if err != nil {
 		return 0, err
 	}
-	defer s.close()
+	defer s.Close()
 	st, err := launch(ctx, &t.rec.Spec, s, t.exited)
 	if err != nil {
 		if t.io != nil {
@@ -182,7 +183,7 @@ func (t *task) start(ctx context.Context) (pid int, err error) {
 	if rec.Spec.RunOnStart {
 		pid, err = t.launch(ctx, t.host.backend.Start)
 	} else {
-		_, err = t.host.backend.Start(ctx, &t.rec.Spec, Streams{}, t.exited)
+		_, err = t.host.backend.Start(ctx, &t.rec.Spec, backend.Streams{}, t.exited)
 		pid = rec.Init.Pid
 	}
 	if err != nil {

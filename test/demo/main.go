@@ -57,7 +57,7 @@ func run(ctx context.Context) (err error) {
 		what string
 		do   func() error
 	}{
-		{"build bin/cloister and bin/cloister-shim", d.build},
+		{"build the programs", d.build},
 		{"build a guest for virtual machines", d.buildGuest},
 		{"build the image " + image + " and serve it on loopback", d.serveImage},
 		{"start a private daemon with the built-in network", d.startDaemon},

@@ -233,6 +233,7 @@ func TestMachineDoesNotComeUp(t *testing.T) {
 		"a guest that panics":      {[]string{kernel, fmt.Sprintf("initrd = %q", empty)}, []string{"console", "Unable to mount root"}},
 		"a guest that is silent":   {[]string{"boot_timeout = 1", `kernel_params = "rdinit=/bare"`}, []string{"boot_timeout"}},
 		"a kernel without a timer": {[]string{`kernel_params = "nolapic_timer"`}, []string{"no timer", "busy"}},
+		"a kernel without files":   {[]string{`kernel_params = "module_blacklist=virtiofs"`}, []string{"virtiofs"}},
 		"no QEMU":                  {[]string{`path = "qemu-of-nobody"`}, []string{"qemu-of-nobody", "install"}},
 		"no virtiofsd":             {[]string{`virtio_fs_daemon = "/no/virtiofsd"`}, []string{"/no/virtiofsd", "install"}},
 	} {

@@ -47,8 +47,8 @@ func Build(ctx context.Context, checkout, dir string) (bin string, err error) {
 	if err := GoBuild(ctx, checkout, env, "-o", dir+"/", "./cmd/cloister", "./cmd/cloister-teec"); err != nil {
 		return "", err
 	}
-	// As the Makefile does: the resident shim must be small.
-	return dir, GoBuild(ctx, checkout, env, "-tags", "no_grpc", "-ldflags", "-s -w", "-o", dir+"/", "./cmd/cloister-shim")
+	// As the Makefile does: the resident shim and the agent must be small.
+	return dir, GoBuild(ctx, checkout, env, "-tags", "no_grpc", "-ldflags", "-s -w", "-o", dir+"/", "./cmd/cloister-shim", "./cmd/cloister-agent")
 }
 
 // GoBuild runs go build in dir with the environment added, at low priority.

@@ -121,11 +121,8 @@ func (x *SetupRequest) GetShmBytes() int64 {
 
 type SetupResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
-	Version       string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
 	Kernel        string                 `protobuf:"bytes,2,opt,name=kernel,proto3" json:"kernel,omitempty"`
 	UptimeMillis  int64                  `protobuf:"varint,3,opt,name=uptime_millis,json=uptimeMillis,proto3" json:"uptime_millis,omitempty"` // when the agent began to serve
-	Memory        int64                  `protobuf:"varint,4,opt,name=memory,proto3" json:"memory,omitempty"`                                 // bytes that the kernel manages
-	Cpus          uint32                 `protobuf:"varint,5,opt,name=cpus,proto3" json:"cpus,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -160,13 +157,6 @@ func (*SetupResponse) Descriptor() ([]byte, []int) {
 	return file_guest_v1_guest_proto_rawDescGZIP(), []int{1}
 }
 
-func (x *SetupResponse) GetVersion() string {
-	if x != nil {
-		return x.Version
-	}
-	return ""
-}
-
 func (x *SetupResponse) GetKernel() string {
 	if x != nil {
 		return x.Kernel
@@ -177,20 +167,6 @@ func (x *SetupResponse) GetKernel() string {
 func (x *SetupResponse) GetUptimeMillis() int64 {
 	if x != nil {
 		return x.UptimeMillis
-	}
-	return 0
-}
-
-func (x *SetupResponse) GetMemory() int64 {
-	if x != nil {
-		return x.Memory
-	}
-	return 0
-}
-
-func (x *SetupResponse) GetCpus() uint32 {
-	if x != nil {
-		return x.Cpus
 	}
 	return 0
 }
@@ -1422,13 +1398,10 @@ const file_guest_v1_guest_proto_rawDesc = "" +
 	"\tshm_bytes\x18\a \x01(\x03R\bshmBytes\x1a:\n" +
 	"\fSysctlsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\x92\x01\n" +
-	"\rSetupResponse\x12\x18\n" +
-	"\aversion\x18\x01 \x01(\tR\aversion\x12\x16\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"^\n" +
+	"\rSetupResponse\x12\x16\n" +
 	"\x06kernel\x18\x02 \x01(\tR\x06kernel\x12#\n" +
-	"\ruptime_millis\x18\x03 \x01(\x03R\fuptimeMillis\x12\x16\n" +
-	"\x06memory\x18\x04 \x01(\x03R\x06memory\x12\x12\n" +
-	"\x04cpus\x18\x05 \x01(\rR\x04cpus\"/\n" +
+	"\ruptime_millis\x18\x03 \x01(\x03R\fuptimeMillisJ\x04\b\x01\x10\x02J\x04\b\x04\x10\x05J\x04\b\x05\x10\x06\"/\n" +
 	"\x0eSetTimeRequest\x12\x1d\n" +
 	"\n" +
 	"time_nanos\x18\x01 \x01(\x03R\ttimeNanos\"!\n" +
@@ -1503,9 +1476,10 @@ const file_guest_v1_guest_proto_rawDesc = "" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\"<\n" +
 	"\x0eOnlineResponse\x12\x12\n" +
 	"\x04cpus\x18\x01 \x01(\rR\x04cpus\x12\x16\n" +
-	"\x06memory\x18\x02 \x01(\x03R\x06memory2\xd5\v\n" +
+	"\x06memory\x18\x02 \x01(\x03R\x06memory2\x90\f\n" +
 	"\x05Guest\x12J\n" +
-	"\x05Setup\x12\x1f.cloister.guest.v1.SetupRequest\x1a .cloister.guest.v1.SetupResponse\x12D\n" +
+	"\x05Setup\x12\x1f.cloister.guest.v1.SetupRequest\x1a .cloister.guest.v1.SetupResponse\x129\n" +
+	"\aPrepare\x12\x16.google.protobuf.Empty\x1a\x16.google.protobuf.Empty\x12D\n" +
 	"\aSetTime\x12!.cloister.guest.v1.SetTimeRequest\x1a\x16.google.protobuf.Empty\x12M\n" +
 	"\x06Launch\x12 .cloister.guest.v1.LaunchRequest\x1a!.cloister.guest.v1.LaunchResponse\x12?\n" +
 	"\x05Start\x12\x1e.cloister.guest.v1.TaskRequest\x1a\x16.google.protobuf.Empty\x12I\n" +
@@ -1576,49 +1550,51 @@ var file_guest_v1_guest_proto_depIdxs = []int32{
 	6,  // 3: cloister.guest.v1.LaunchRequest.rootfs:type_name -> cloister.guest.v1.Rootfs
 	4,  // 4: cloister.guest.v1.ExecRequest.streams:type_name -> cloister.guest.v1.Streams
 	0,  // 5: cloister.guest.v1.Guest.Setup:input_type -> cloister.guest.v1.SetupRequest
-	2,  // 6: cloister.guest.v1.Guest.SetTime:input_type -> cloister.guest.v1.SetTimeRequest
-	5,  // 7: cloister.guest.v1.Guest.Launch:input_type -> cloister.guest.v1.LaunchRequest
-	3,  // 8: cloister.guest.v1.Guest.Start:input_type -> cloister.guest.v1.TaskRequest
-	10, // 9: cloister.guest.v1.Guest.Exec:input_type -> cloister.guest.v1.ExecRequest
-	11, // 10: cloister.guest.v1.Guest.Wait:input_type -> cloister.guest.v1.ProcessRequest
-	11, // 11: cloister.guest.v1.Guest.Forget:input_type -> cloister.guest.v1.ProcessRequest
-	3,  // 12: cloister.guest.v1.Guest.Settle:input_type -> cloister.guest.v1.TaskRequest
-	3,  // 13: cloister.guest.v1.Guest.Delete:input_type -> cloister.guest.v1.TaskRequest
-	9,  // 14: cloister.guest.v1.Guest.ReleaseDisk:input_type -> cloister.guest.v1.ReleaseDiskRequest
-	14, // 15: cloister.guest.v1.Guest.Signal:input_type -> cloister.guest.v1.SignalRequest
-	3,  // 16: cloister.guest.v1.Guest.Pause:input_type -> cloister.guest.v1.TaskRequest
-	3,  // 17: cloister.guest.v1.Guest.Resume:input_type -> cloister.guest.v1.TaskRequest
-	15, // 18: cloister.guest.v1.Guest.Update:input_type -> cloister.guest.v1.UpdateRequest
-	3,  // 19: cloister.guest.v1.Guest.Pids:input_type -> cloister.guest.v1.TaskRequest
-	3,  // 20: cloister.guest.v1.Guest.Stats:input_type -> cloister.guest.v1.TaskRequest
-	17, // 21: cloister.guest.v1.Guest.Resize:input_type -> cloister.guest.v1.ResizeRequest
-	18, // 22: cloister.guest.v1.Guest.Dial:input_type -> cloister.guest.v1.DialRequest
-	19, // 23: cloister.guest.v1.Guest.Run:input_type -> cloister.guest.v1.RunRequest
-	25, // 24: cloister.guest.v1.Guest.Metrics:input_type -> google.protobuf.Empty
-	22, // 25: cloister.guest.v1.Guest.Online:input_type -> cloister.guest.v1.OnlineRequest
-	1,  // 26: cloister.guest.v1.Guest.Setup:output_type -> cloister.guest.v1.SetupResponse
-	25, // 27: cloister.guest.v1.Guest.SetTime:output_type -> google.protobuf.Empty
-	8,  // 28: cloister.guest.v1.Guest.Launch:output_type -> cloister.guest.v1.LaunchResponse
-	25, // 29: cloister.guest.v1.Guest.Start:output_type -> google.protobuf.Empty
-	8,  // 30: cloister.guest.v1.Guest.Exec:output_type -> cloister.guest.v1.LaunchResponse
-	12, // 31: cloister.guest.v1.Guest.Wait:output_type -> cloister.guest.v1.WaitResponse
-	25, // 32: cloister.guest.v1.Guest.Forget:output_type -> google.protobuf.Empty
-	13, // 33: cloister.guest.v1.Guest.Settle:output_type -> cloister.guest.v1.SettleResponse
-	25, // 34: cloister.guest.v1.Guest.Delete:output_type -> google.protobuf.Empty
-	25, // 35: cloister.guest.v1.Guest.ReleaseDisk:output_type -> google.protobuf.Empty
-	25, // 36: cloister.guest.v1.Guest.Signal:output_type -> google.protobuf.Empty
-	25, // 37: cloister.guest.v1.Guest.Pause:output_type -> google.protobuf.Empty
-	25, // 38: cloister.guest.v1.Guest.Resume:output_type -> google.protobuf.Empty
-	25, // 39: cloister.guest.v1.Guest.Update:output_type -> google.protobuf.Empty
-	16, // 40: cloister.guest.v1.Guest.Pids:output_type -> cloister.guest.v1.PidsResponse
-	26, // 41: cloister.guest.v1.Guest.Stats:output_type -> google.protobuf.Any
-	25, // 42: cloister.guest.v1.Guest.Resize:output_type -> google.protobuf.Empty
-	25, // 43: cloister.guest.v1.Guest.Dial:output_type -> google.protobuf.Empty
-	20, // 44: cloister.guest.v1.Guest.Run:output_type -> cloister.guest.v1.RunResponse
-	21, // 45: cloister.guest.v1.Guest.Metrics:output_type -> cloister.guest.v1.MetricsResponse
-	23, // 46: cloister.guest.v1.Guest.Online:output_type -> cloister.guest.v1.OnlineResponse
-	26, // [26:47] is the sub-list for method output_type
-	5,  // [5:26] is the sub-list for method input_type
+	25, // 6: cloister.guest.v1.Guest.Prepare:input_type -> google.protobuf.Empty
+	2,  // 7: cloister.guest.v1.Guest.SetTime:input_type -> cloister.guest.v1.SetTimeRequest
+	5,  // 8: cloister.guest.v1.Guest.Launch:input_type -> cloister.guest.v1.LaunchRequest
+	3,  // 9: cloister.guest.v1.Guest.Start:input_type -> cloister.guest.v1.TaskRequest
+	10, // 10: cloister.guest.v1.Guest.Exec:input_type -> cloister.guest.v1.ExecRequest
+	11, // 11: cloister.guest.v1.Guest.Wait:input_type -> cloister.guest.v1.ProcessRequest
+	11, // 12: cloister.guest.v1.Guest.Forget:input_type -> cloister.guest.v1.ProcessRequest
+	3,  // 13: cloister.guest.v1.Guest.Settle:input_type -> cloister.guest.v1.TaskRequest
+	3,  // 14: cloister.guest.v1.Guest.Delete:input_type -> cloister.guest.v1.TaskRequest
+	9,  // 15: cloister.guest.v1.Guest.ReleaseDisk:input_type -> cloister.guest.v1.ReleaseDiskRequest
+	14, // 16: cloister.guest.v1.Guest.Signal:input_type -> cloister.guest.v1.SignalRequest
+	3,  // 17: cloister.guest.v1.Guest.Pause:input_type -> cloister.guest.v1.TaskRequest
+	3,  // 18: cloister.guest.v1.Guest.Resume:input_type -> cloister.guest.v1.TaskRequest
+	15, // 19: cloister.guest.v1.Guest.Update:input_type -> cloister.guest.v1.UpdateRequest
+	3,  // 20: cloister.guest.v1.Guest.Pids:input_type -> cloister.guest.v1.TaskRequest
+	3,  // 21: cloister.guest.v1.Guest.Stats:input_type -> cloister.guest.v1.TaskRequest
+	17, // 22: cloister.guest.v1.Guest.Resize:input_type -> cloister.guest.v1.ResizeRequest
+	18, // 23: cloister.guest.v1.Guest.Dial:input_type -> cloister.guest.v1.DialRequest
+	19, // 24: cloister.guest.v1.Guest.Run:input_type -> cloister.guest.v1.RunRequest
+	25, // 25: cloister.guest.v1.Guest.Metrics:input_type -> google.protobuf.Empty
+	22, // 26: cloister.guest.v1.Guest.Online:input_type -> cloister.guest.v1.OnlineRequest
+	1,  // 27: cloister.guest.v1.Guest.Setup:output_type -> cloister.guest.v1.SetupResponse
+	25, // 28: cloister.guest.v1.Guest.Prepare:output_type -> google.protobuf.Empty
+	25, // 29: cloister.guest.v1.Guest.SetTime:output_type -> google.protobuf.Empty
+	8,  // 30: cloister.guest.v1.Guest.Launch:output_type -> cloister.guest.v1.LaunchResponse
+	25, // 31: cloister.guest.v1.Guest.Start:output_type -> google.protobuf.Empty
+	8,  // 32: cloister.guest.v1.Guest.Exec:output_type -> cloister.guest.v1.LaunchResponse
+	12, // 33: cloister.guest.v1.Guest.Wait:output_type -> cloister.guest.v1.WaitResponse
+	25, // 34: cloister.guest.v1.Guest.Forget:output_type -> google.protobuf.Empty
+	13, // 35: cloister.guest.v1.Guest.Settle:output_type -> cloister.guest.v1.SettleResponse
+	25, // 36: cloister.guest.v1.Guest.Delete:output_type -> google.protobuf.Empty
+	25, // 37: cloister.guest.v1.Guest.ReleaseDisk:output_type -> google.protobuf.Empty
+	25, // 38: cloister.guest.v1.Guest.Signal:output_type -> google.protobuf.Empty
+	25, // 39: cloister.guest.v1.Guest.Pause:output_type -> google.protobuf.Empty
+	25, // 40: cloister.guest.v1.Guest.Resume:output_type -> google.protobuf.Empty
+	25, // 41: cloister.guest.v1.Guest.Update:output_type -> google.protobuf.Empty
+	16, // 42: cloister.guest.v1.Guest.Pids:output_type -> cloister.guest.v1.PidsResponse
+	26, // 43: cloister.guest.v1.Guest.Stats:output_type -> google.protobuf.Any
+	25, // 44: cloister.guest.v1.Guest.Resize:output_type -> google.protobuf.Empty
+	25, // 45: cloister.guest.v1.Guest.Dial:output_type -> google.protobuf.Empty
+	20, // 46: cloister.guest.v1.Guest.Run:output_type -> cloister.guest.v1.RunResponse
+	21, // 47: cloister.guest.v1.Guest.Metrics:output_type -> cloister.guest.v1.MetricsResponse
+	23, // 48: cloister.guest.v1.Guest.Online:output_type -> cloister.guest.v1.OnlineResponse
+	27, // [27:49] is the sub-list for method output_type
+	5,  // [5:27] is the sub-list for method input_type
 	5,  // [5:5] is the sub-list for extension type_name
 	5,  // [5:5] is the sub-list for extension extendee
 	0,  // [0:5] is the sub-list for field type_name

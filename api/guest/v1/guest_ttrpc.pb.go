@@ -11,6 +11,7 @@ import (
 
 type GuestService interface {
 	Setup(context.Context, *SetupRequest) (*SetupResponse, error)
+	Prepare(context.Context, *emptypb.Empty) (*emptypb.Empty, error)
 	SetTime(context.Context, *SetTimeRequest) (*emptypb.Empty, error)
 	Launch(context.Context, *LaunchRequest) (*LaunchResponse, error)
 	Start(context.Context, *TaskRequest) (*emptypb.Empty, error)
@@ -42,6 +43,13 @@ func RegisterGuestService(srv *ttrpc.Server, svc GuestService) {
 					return nil, err
 				}
 				return svc.Setup(ctx, &req)
+			},
+			"Prepare": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req emptypb.Empty
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Prepare(ctx, &req)
 			},
 			"SetTime": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req SetTimeRequest
@@ -200,6 +208,14 @@ func NewGuestClient(client *ttrpc.Client) GuestService {
 func (c *guestClient) Setup(ctx context.Context, req *SetupRequest) (*SetupResponse, error) {
 	var resp SetupResponse
 	if err := c.client.Call(ctx, "cloister.guest.v1.Guest", "Setup", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *guestClient) Prepare(ctx context.Context, req *emptypb.Empty) (*emptypb.Empty, error) {
+	var resp emptypb.Empty
+	if err := c.client.Call(ctx, "cloister.guest.v1.Guest", "Prepare", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil

@@ -17,7 +17,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -61,7 +61,7 @@ func placeLost(place string) bool {
 }
 
 // placeOfSpec is where config.json puts the container.
-func placeOfSpec(t *host.TaskSpec) string {
+func placeOfSpec(t *backend.TaskSpec) string {
 	b, err := os.ReadFile(filepath.Join(t.Bundle, "config.json"))
 	if err != nil {
 		return ""
@@ -209,8 +209,8 @@ func pidsUnder(dir string) ([]int, error) {
 	return pids, nil
 }
 
-// Pids is part of host.Backend.
-func (b *Backend) Pids(_ context.Context, t *host.TaskSpec, init host.Process) ([]int, error) {
+// Pids is part of backend.Backend.
+func (b *Backend) Pids(_ context.Context, t *backend.TaskSpec, init backend.Process) ([]int, error) {
 	pids, err := pidsOf(init.Place)
 	if err == nil && len(pids) == 0 {
 		pids = []int{init.Pid}
@@ -222,7 +222,7 @@ func (b *Backend) Pids(_ context.Context, t *host.TaskSpec, init host.Process) (
 const maxRounds = 20
 
 // signalAll signals every process of a container.
-func (b *Backend) signalAll(ctx context.Context, p host.Process, sig unix.Signal) error {
+func (b *Backend) signalAll(ctx context.Context, p backend.Process, sig unix.Signal) error {
 	if sig == unix.SIGKILL {
 		if killCgroup(p.Place) {
 			return nil
@@ -271,9 +271,9 @@ func thaw(place string) {
 	}
 }
 
-// Settle is part of host.Backend. A container with its own PID namespace has
+// Settle is part of backend.Backend. A container with its own PID namespace has
 // nothing left; one that shares it may.
-func (b *Backend) Settle(ctx context.Context, t *host.TaskSpec, init host.Process) (oom bool, err error) {
+func (b *Backend) Settle(ctx context.Context, t *backend.TaskSpec, init backend.Process) (oom bool, err error) {
 	if init.Place == "" || placeLost(init.Place) {
 		init.Place = placeOfSpec(t)
 	}

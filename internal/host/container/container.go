@@ -24,7 +24,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 	"cloister.dev/internal/osutil"
 )
@@ -42,7 +42,7 @@ type Backend struct {
 	moves    *osutil.CgroupMoves
 }
 
-var _ host.Backend = (*Backend)(nil)
+var _ backend.Backend = (*Backend)(nil)
 
 // New gives a backend whose files are under dir.
 func New(dir string, reaper *proc.Reaper, log *slog.Logger) *Backend {
@@ -55,7 +55,7 @@ func (b *Backend) WithoutQuickMoves() *Backend {
 	return b
 }
 
-// Name is part of host.Backend.
+// Name is part of backend.Backend.
 func (b *Backend) Name() string { return "container" }
 
 // ociRuntime is one binary, and what was learned about it.
@@ -112,21 +112,21 @@ func (b *Backend) root(r *ociRuntime, named string) string {
 	return filepath.Join(b.dir, "runtime", filepath.Base(r.path))
 }
 
-// Create is part of host.Backend.
-func (b *Backend) Create(ctx context.Context, t *host.TaskSpec, s host.Streams, exited func(proc.Exit)) (host.Started, error) {
+// Create is part of backend.Backend.
+func (b *Backend) Create(ctx context.Context, t *backend.TaskSpec, s backend.Streams, exited func(proc.Exit)) (backend.Started, error) {
 	return b.launch(ctx, t, "create", s, exited)
 }
 
-// Start is part of host.Backend.
-func (b *Backend) Start(ctx context.Context, t *host.TaskSpec, s host.Streams, exited func(proc.Exit)) (host.Started, error) {
+// Start is part of backend.Backend.
+func (b *Backend) Start(ctx context.Context, t *backend.TaskSpec, s backend.Streams, exited func(proc.Exit)) (backend.Started, error) {
 	if t.RunOnStart {
 		return b.launch(ctx, t, "run", s, exited)
 	}
-	return host.Started{}, b.command(ctx, t, invocation{verb: "start", args: []string{t.ID}})
+	return backend.Started{}, b.command(ctx, t, invocation{verb: "start", args: []string{t.ID}})
 }
 
 // launch makes a container's init, which runs (verb "run") or waits for Start.
-func (b *Backend) launch(ctx context.Context, t *host.TaskSpec, verb string, s host.Streams, exited func(proc.Exit)) (st host.Started, err error) {
+func (b *Backend) launch(ctx context.Context, t *backend.TaskSpec, verb string, s backend.Streams, exited func(proc.Exit)) (st backend.Started, err error) {
 	if err := MountRootfs(t); err != nil {
 		return st, err
 	}
@@ -148,11 +148,11 @@ func (b *Backend) launch(ctx context.Context, t *host.TaskSpec, verb string, s h
 	return b.process(ctx, t, invocation{verb: verb, args: args, streams: s}, filepath.Join(t.Dir, "backend-pid"), []string{t.ID}, exited)
 }
 
-// Exec is part of host.Backend.
-func (b *Backend) Exec(ctx context.Context, t *host.TaskSpec, id string, process []byte, s host.Streams, exited func(proc.Exit)) (host.Started, error) {
+// Exec is part of backend.Backend.
+func (b *Backend) Exec(ctx context.Context, t *backend.TaskSpec, id string, process []byte, s backend.Streams, exited func(proc.Exit)) (backend.Started, error) {
 	file := filepath.Join(t.Dir, "backend-exec-"+id)
 	if err := os.WriteFile(file, process, 0o600); err != nil {
-		return host.Started{}, fmt.Errorf("write the process of exec %s: %w", id, err)
+		return backend.Started{}, fmt.Errorf("write the process of exec %s: %w", id, err)
 	}
 	defer os.Remove(file)
 	return b.process(ctx, t, invocation{verb: "exec", args: []string{"--detach", "--process", file}, streams: s},
@@ -160,7 +160,7 @@ func (b *Backend) Exec(ctx context.Context, t *host.TaskSpec, id string, process
 }
 
 // process runs the runtime and adopts the process that it leaves behind.
-func (b *Backend) process(ctx context.Context, t *host.TaskSpec, i invocation, pidFile string, last []string, exited func(proc.Exit)) (st host.Started, err error) {
+func (b *Backend) process(ctx context.Context, t *backend.TaskSpec, i invocation, pidFile string, last []string, exited func(proc.Exit)) (st backend.Started, err error) {
 	defer b.moves.Hold()()
 	i.args = append(i.args, "--pid-file", pidFile)
 	defer os.Remove(pidFile)
@@ -211,15 +211,15 @@ func readPid(path string) (int, error) {
 	return pid, nil
 }
 
-// Watch is part of host.Backend.
-func (b *Backend) Watch(_ *host.TaskSpec, p host.Process, held *os.File, exited func(proc.Exit)) *os.File {
+// Watch is part of backend.Backend.
+func (b *Backend) Watch(_ *backend.TaskSpec, p backend.Process, held *os.File, exited func(proc.Exit)) *os.File {
 	return b.reaper.Resume(p.Pid, p.Start, held, exited)
 }
 
-// Delete is part of host.Backend. The runtime's own folder for the container
+// Delete is part of backend.Backend. The runtime's own folder for the container
 // tells whether there is anything to delete at all. A caller that goes away
 // does not cut the runtime off: half deleted, it would not know the container.
-func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
+func (b *Backend) Delete(ctx context.Context, t *backend.TaskSpec) error {
 	ctx = context.WithoutCancel(ctx)
 	r, err := b.runtime(t.Runtime.Binary)
 	if err != nil {
@@ -244,7 +244,7 @@ func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
 
 // forget removes a container that its runtime cannot delete because its state
 // is not whole: the runtime died while it wrote or removed it.
-func forget(ctx context.Context, t *host.TaskSpec, state string, cause error) error {
+func forget(ctx context.Context, t *backend.TaskSpec, state string, cause error) error {
 	switch _, err := os.Stat(state); {
 	case errors.Is(err, os.ErrNotExist):
 		return nil
@@ -282,18 +282,18 @@ func ignoreNotFound(err error) error {
 	return err
 }
 
-// Pause is part of host.Backend.
-func (b *Backend) Pause(ctx context.Context, t *host.TaskSpec) error {
+// Pause is part of backend.Backend.
+func (b *Backend) Pause(ctx context.Context, t *backend.TaskSpec) error {
 	return b.command(ctx, t, invocation{verb: "pause", args: []string{t.ID}})
 }
 
-// Resume is part of host.Backend.
-func (b *Backend) Resume(ctx context.Context, t *host.TaskSpec) error {
+// Resume is part of backend.Backend.
+func (b *Backend) Resume(ctx context.Context, t *backend.TaskSpec) error {
 	return b.command(ctx, t, invocation{verb: "resume", args: []string{t.ID}})
 }
 
-// Update is part of host.Backend.
-func (b *Backend) Update(ctx context.Context, t *host.TaskSpec, resources []byte) error {
+// Update is part of backend.Backend.
+func (b *Backend) Update(ctx context.Context, t *backend.TaskSpec, resources []byte) error {
 	f, err := os.CreateTemp(t.Dir, "backend-update-")
 	if err != nil {
 		return fmt.Errorf("write the resources: %w", err)
@@ -306,8 +306,8 @@ func (b *Backend) Update(ctx context.Context, t *host.TaskSpec, resources []byte
 	return b.command(ctx, t, invocation{verb: "update", args: []string{"--resources", f.Name(), t.ID}})
 }
 
-// Signal is part of host.Backend.
-func (b *Backend) Signal(ctx context.Context, t *host.TaskSpec, p host.Process, signal int, all bool) error {
+// Signal is part of backend.Backend.
+func (b *Backend) Signal(ctx context.Context, t *backend.TaskSpec, p backend.Process, signal int, all bool) error {
 	if signal <= 0 || signal > 64 {
 		return fmt.Errorf("signal %d does not exist: %w", signal, errdefs.ErrInvalidArgument)
 	}

@@ -8,7 +8,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 )
 
 func TestPlaces(t *testing.T) {
@@ -50,7 +50,7 @@ func TestPlaceOfSpec(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(dir, "config.json"), []byte(`{"linux":{"cgroupsPath":"/pods/x"}}`), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	place := placeOfSpec(&host.TaskSpec{Bundle: dir})
+	place := placeOfSpec(&backend.TaskSpec{Bundle: dir})
 	for c, p := range placePaths(place) {
 		if p != "/pods/x" {
 			t.Errorf("%q: %q", c, p)

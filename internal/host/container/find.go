@@ -8,14 +8,14 @@ import (
 	"path/filepath"
 	"strconv"
 
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
-// Find is part of host.Backend. The runtime that was making the container may
+// Find is part of backend.Backend. The runtime that was making the container may
 // still be at it, without us: it is recognized by its command line, which
 // names the task's own pid file. Once it has ended, that file holds the pid.
-func (b *Backend) Find(ctx context.Context, t *host.TaskSpec, exited func(proc.Exit)) (st host.Started, found bool, err error) {
+func (b *Backend) Find(ctx context.Context, t *backend.TaskSpec, exited func(proc.Exit)) (st backend.Started, found bool, err error) {
 	pidFile := filepath.Join(t.Dir, "backend-pid")
 	if pid := commandNaming(pidFile); pid != 0 {
 		if err := awaitGone(ctx, pid); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {

@@ -14,15 +14,15 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/elf"
 	"cloister.dev/internal/host/proc"
 )
 
-// StartSandbox is part of host.Backend. Containers need nothing that holds
+// StartSandbox is part of backend.Backend. Containers need nothing that holds
 // their sandbox together but a PID namespace, which lives only as long as its
 // first process.
-func (b *Backend) StartSandbox(ctx context.Context, s *host.SandboxSpec, exited func(proc.Exit)) (st host.Started, err error) {
+func (b *Backend) StartSandbox(ctx context.Context, s *backend.SandboxSpec, exited func(proc.Exit)) (st backend.Started, err error) {
 	if !s.SharePID {
 		return st, nil
 	}
@@ -46,7 +46,7 @@ func (b *Backend) StartSandbox(ctx context.Context, s *host.SandboxSpec, exited 
 func holderArgs(id string) []string { return []string{"cloister-pause", id} }
 
 // holderProcess starts a holder as our child in a new PID namespace.
-func (b *Backend) holderProcess(s *host.SandboxSpec, exited func(proc.Exit)) (st host.Started, err error) {
+func (b *Backend) holderProcess(s *backend.SandboxSpec, exited func(proc.Exit)) (st backend.Started, err error) {
 	path, err := b.holderProgram("holder", elf.Holder)
 	if err != nil {
 		return st, err
@@ -67,7 +67,7 @@ func (b *Backend) holderProcess(s *host.SandboxSpec, exited func(proc.Exit)) (st
 
 // nestedHolder has a program make the PID namespace inside a user namespace,
 // which a process with several threads, like this one, cannot join.
-func (b *Backend) nestedHolder(ctx context.Context, s *host.SandboxSpec, exited func(proc.Exit)) (st host.Started, err error) {
+func (b *Backend) nestedHolder(ctx context.Context, s *backend.SandboxSpec, exited func(proc.Exit)) (st backend.Started, err error) {
 	path, err := b.holderProgram("holder-userns", elf.NestedHolder)
 	if err != nil {
 		return st, err
@@ -125,7 +125,7 @@ func (b *Backend) holderProgram(name string, assemble func() ([]byte, error)) (s
 const madeCgroup = "backend-made-cgroup"
 
 // enterCgroup puts a process into the same path of every hierarchy.
-func enterCgroup(s *host.SandboxSpec, pid int) error {
+func enterCgroup(s *backend.SandboxSpec, pid int) error {
 	if !filepath.IsAbs(s.CgroupPath) {
 		return fmt.Errorf("cgroup path %q is not absolute", s.CgroupPath)
 	}
@@ -170,7 +170,7 @@ func cgroupMounts() []string {
 
 // unnoted finds the holders of a sandbox whose start was cut off before anybody
 // could note the process.
-func (b *Backend) unnoted(id string) (found []host.Process) {
+func (b *Backend) unnoted(id string) (found []backend.Process) {
 	want := strings.Join(holderArgs(id), "\x00") + "\x00"
 	files, _ := filepath.Glob("/proc/[0-9]*/cmdline") // the pattern is right
 	for _, f := range files {
@@ -188,18 +188,18 @@ func (b *Backend) unnoted(id string) (found []host.Process) {
 			continue
 		}
 		if st, err := proc.ReadStat(pid); err == nil {
-			found = append(found, host.Process{Pid: pid, Start: st.Start})
+			found = append(found, backend.Process{Pid: pid, Start: st.Start})
 		}
 	}
 	return found
 }
 
-// StopSandbox is part of host.Backend.
-func (b *Backend) StopSandbox(ctx context.Context, s *host.SandboxSpec, p host.Process) error {
-	var holders []host.Process
+// StopSandbox is part of backend.Backend.
+func (b *Backend) StopSandbox(ctx context.Context, s *backend.SandboxSpec, p backend.Process) error {
+	var holders []backend.Process
 	switch {
 	case p.Pid != 0:
-		holders = []host.Process{p}
+		holders = []backend.Process{p}
 	case s.SharePID:
 		holders = b.unnoted(s.ID)
 	}

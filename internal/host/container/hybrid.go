@@ -9,7 +9,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -40,7 +40,7 @@ func (b *Backend) learn(ctx context.Context, r *ociRuntime) error {
 		r.known = true
 		return nil
 	}
-	_, hide, err := b.firstRun(ctx, r, host.Runtime{})
+	_, hide, err := b.firstRun(ctx, r, backend.Runtime{})
 	if ctx.Err() != nil {
 		return fmt.Errorf("try %s out: %w", r.path, err)
 	}

@@ -14,7 +14,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -22,7 +22,7 @@ import (
 type invocation struct {
 	verb    string
 	args    []string
-	streams host.Streams
+	streams backend.Streams
 }
 
 // commandTime bounds an invocation.
@@ -30,7 +30,7 @@ const commandTime = 2 * time.Minute
 
 // command runs the runtime for a task. A caller that goes away does not cut
 // it off: a runtime that is killed midway leaves neither a container nor none.
-func (b *Backend) command(ctx context.Context, t *host.TaskSpec, i invocation) error {
+func (b *Backend) command(ctx context.Context, t *backend.TaskSpec, i invocation) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), commandTime)
 	defer cancel()
 	r, err := b.runtime(t.Runtime.Binary)
@@ -44,7 +44,7 @@ func (b *Backend) command(ctx context.Context, t *host.TaskSpec, i invocation) e
 }
 
 // invoke runs the runtime and reports its failure in its own words.
-func (b *Backend) invoke(ctx context.Context, r *ociRuntime, o host.Runtime, dir string, i invocation) error {
+func (b *Backend) invoke(ctx context.Context, r *ociRuntime, o backend.Runtime, dir string, i invocation) error {
 	status, said, err := b.execute(ctx, r, o, dir, i, b.runner(r))
 	if err != nil || status == 0 {
 		return err
@@ -67,7 +67,7 @@ func (b *Backend) runner(r *ociRuntime) runner {
 }
 
 // execute runs the runtime once and gives its status and last complaint.
-func (b *Backend) execute(ctx context.Context, r *ociRuntime, o host.Runtime, dir string, i invocation, run runner) (status int, said string, err error) {
+func (b *Backend) execute(ctx context.Context, r *ociRuntime, o backend.Runtime, dir string, i invocation, run runner) (status int, said string, err error) {
 	ctx, cancel := context.WithTimeout(ctx, commandTime)
 	defer cancel()
 	root := b.root(r, o.Root)

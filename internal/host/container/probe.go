@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	hostv1 "cloister.dev/api/host/v1"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/elf"
 	"cloister.dev/internal/host/proc"
 )
@@ -25,7 +25,7 @@ import (
 // what it accepts.
 var ociVersions = [...]string{"1.2.1", "1.1.0", "1.0.2", "1.0.0"}
 
-// Probe is part of host.Backend. Every answer comes from a container that was
+// Probe is part of backend.Backend. Every answer comes from a container that was
 // run: what a runtime declares is not always what the machine can do.
 func (b *Backend) Probe(ctx context.Context, req *hostv1.ProbeRequest) (*hostv1.ProbeResponse, error) {
 	r, err := b.runtime(req.Binary)
@@ -36,7 +36,7 @@ func (b *Backend) Probe(ctx context.Context, req *hostv1.ProbeRequest) (*hostv1.
 		return nil, err
 	}
 	resp := &hostv1.ProbeResponse{Path: r.path, Version: b.version(ctx, r)}
-	o := host.Runtime{Binary: r.path, Root: req.Root, SystemdCgroup: req.SystemdCgroup}
+	o := backend.Runtime{Binary: r.path, Root: req.Root, SystemdCgroup: req.SystemdCgroup}
 	version, hide, err := b.firstRun(ctx, r, o)
 	if ctx.Err() != nil {
 		return nil, fmt.Errorf("probe %s: %w", r.path, err)
@@ -64,7 +64,7 @@ func (b *Backend) Probe(ctx context.Context, req *hostv1.ProbeRequest) (*hostv1.
 
 // firstRun finds the newest version of config.json that r runs, and whether
 // the v2 hierarchy must be hidden from it.
-func (b *Backend) firstRun(ctx context.Context, r *ociRuntime, o host.Runtime) (version string, hide bool, err error) {
+func (b *Backend) firstRun(ctx context.Context, r *ociRuntime, o backend.Runtime) (version string, hide bool, err error) {
 	var errs []error
 	versions := ociVersions[:]
 	if v := b.declaredVersion(ctx, r); v != "" {
@@ -175,7 +175,7 @@ func shapeRRO(s *specs.Spec, dir string) error {
 }
 
 // tryMicro runs one probe container.
-func (b *Backend) tryMicro(ctx context.Context, r *ociRuntime, o host.Runtime, m micro, version string, run runner) error {
+func (b *Backend) tryMicro(ctx context.Context, r *ociRuntime, o backend.Runtime, m micro, version string, run runner) error {
 	if runtime.GOOS != "linux" {
 		return errdefs.ErrNotImplemented
 	}

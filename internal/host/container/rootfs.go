@@ -10,7 +10,7 @@ import (
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
 
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 )
 
 // mountFlags are the mount options that are flags; the others are the file
@@ -30,7 +30,7 @@ var mountFlags = map[string]struct {
 
 // MountRootfs mounts what the request names on the bundle's rootfs. Cloister's
 // own daemon names nothing: it has mounted already.
-func MountRootfs(t *host.TaskSpec) (err error) {
+func MountRootfs(t *backend.TaskSpec) (err error) {
 	if len(t.Rootfs) == 0 {
 		return nil
 	}
@@ -58,7 +58,7 @@ func MountRootfs(t *host.TaskSpec) (err error) {
 	return nil
 }
 
-func mount(m host.Mount, target string) error {
+func mount(m backend.Mount, target string) error {
 	var flags uintptr
 	var data []string
 	for _, o := range m.Options {
@@ -84,7 +84,7 @@ func mount(m host.Mount, target string) error {
 }
 
 // UnmountRootfs undoes MountRootfs, as far as it went.
-func UnmountRootfs(t *host.TaskSpec) error {
+func UnmountRootfs(t *backend.TaskSpec) error {
 	rootfs := filepath.Join(t.Bundle, "rootfs")
 	for range t.Rootfs {
 		if err := unix.Unmount(rootfs, unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW); err != nil {

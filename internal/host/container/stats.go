@@ -12,11 +12,11 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/anypb"
 
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 )
 
-// Stats is part of host.Backend.
-func (b *Backend) Stats(_ context.Context, t *host.TaskSpec, init host.Process) (*anypb.Any, error) {
+// Stats is part of backend.Backend.
+func (b *Backend) Stats(_ context.Context, t *backend.TaskSpec, init backend.Process) (*anypb.Any, error) {
 	m, err := metrics(init.Place)
 	if err != nil {
 		return nil, fmt.Errorf("read the metrics of task %s: %w", t.ID, err)

@@ -1,6 +1,6 @@
 // Package hosttest is the test suite of the host: it drives a real
 // cloister-shim process over ttrpc with real containers, and so tests a
-// host.Backend the way clients meet it. Every backend runs it.
+// backend.Backend the way clients meet it. Every backend runs it.
 package hosttest
 
 import (

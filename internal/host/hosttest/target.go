@@ -25,10 +25,10 @@ func OCI(runtime string) Target { return Target{Backend: "container", Runtime: r
 func VM(t testing.TB) Target {
 	t.Helper()
 	agent := t.TempDir()
-	if err := build(agent, "cloister.dev/cmd/cloister-shim"); err != nil {
+	if err := build(agent, "cloister.dev/cmd/cloister-agent"); err != nil {
 		t.Fatal(err)
 	}
-	g := vmtest.GuestOf(t, filepath.Join(agent, "cloister-shim"))
+	g := vmtest.GuestOf(t, filepath.Join(agent, "cloister-agent"))
 	return Target{Backend: "vm", Machine: &hostv1.MachineOptions{Kernel: g.Kernel, Initrd: g.Initrd, Accel: "auto", BootTimeout: 180}}
 }
 

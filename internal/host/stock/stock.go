@@ -19,7 +19,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -49,18 +48,18 @@ type Call struct {
 	Program   string // cloister-shim, to start one
 }
 
-var programName = regexp.MustCompile(`^containerd-shim-cloister(-[a-z]+)?-v2$`)
-
 // Backend tells which backend a program's name asks for; "" is none.
 func Backend(program string) string {
-	m := programName.FindStringSubmatch(filepath.Base(program))
-	switch {
-	case m == nil:
+	name, ours := strings.CutPrefix(filepath.Base(program), "containerd-shim-cloister")
+	name, shim := strings.CutSuffix(name, "-v2")
+	if !ours || !shim {
 		return ""
-	case m[1] == "":
+	}
+	if name == "" {
 		return "container"
 	}
-	return m[1][1:]
+	backend, _ := strings.CutPrefix(name, "-")
+	return backend
 }
 
 // dir is where the resident shim of this containerd and namespace lives. Its

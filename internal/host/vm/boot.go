@@ -11,11 +11,12 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"google.golang.org/protobuf/types/known/emptypb"
 
 	guestv1 "cloister.dev/api/guest/v1"
 	hostv1 "cloister.dev/api/host/v1"
 	"cloister.dev/internal/guest"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 	"cloister.dev/internal/host/vm/image"
 	"cloister.dev/internal/host/vm/link"
@@ -23,8 +24,8 @@ import (
 	"cloister.dev/internal/host/vm/share"
 )
 
-// StartSandbox is part of host.Backend.
-func (b *Backend) StartSandbox(ctx context.Context, spec *host.SandboxSpec, exited func(proc.Exit)) (st host.Started, err error) {
+// StartSandbox is part of backend.Backend.
+func (b *Backend) StartSandbox(ctx context.Context, spec *backend.SandboxSpec, exited func(proc.Exit)) (st backend.Started, err error) {
 	if len(spec.NodeNamespaces) > 0 {
 		return st, fmt.Errorf("a pod in a virtual machine has no %s namespace of the node: use a handler that shares the node's kernel, such as runc or crun: %w",
 			strings.Join(spec.NodeNamespaces, " or "), errdefs.ErrInvalidArgument)
@@ -58,6 +59,7 @@ func (b *Backend) StartSandbox(ctx context.Context, spec *host.SandboxSpec, exit
 		return st, errors.Join(err, down)
 	}
 	b.workers.Go(func() { s.awaitMachine(exited) })
+	b.workers.Go(s.prepareLater)
 	state := s.machine().State()
 	st.Pid, st.Process.Start, st.Place = state.Pid, state.Start, holderPlace
 	return st, nil
@@ -71,7 +73,7 @@ const bootTries = 3
 var errNoTimer = fmt.Errorf("%s: the node may be too busy to emulate a machine: %w", guest.NoTimer, errdefs.ErrUnavailable)
 
 // boot makes the machine and waits until its agent has made it a pod.
-func (s *sandbox) boot(ctx context.Context, spec *host.SandboxSpec, o *hostv1.MachineOptions) error {
+func (s *sandbox) boot(ctx context.Context, spec *backend.SandboxSpec, o *hostv1.MachineOptions) error {
 	began := time.Now()
 	c, err := s.backend.machineConfig(ctx, spec, o)
 	if err != nil {
@@ -109,7 +111,7 @@ func (s *sandbox) boot(ctx context.Context, spec *host.SandboxSpec, o *hostv1.Ma
 }
 
 // prepare makes folders and cgroups, after the intent is on disk.
-func (s *sandbox) prepare(spec *host.SandboxSpec, fresh record) (cgroups []string, err error) {
+func (s *sandbox) prepare(spec *backend.SandboxSpec, fresh record) (cgroups []string, err error) {
 	cgroups = cgroupDirs(spec.CgroupPath)
 	var made []string
 	for _, cg := range cgroups {
@@ -152,7 +154,7 @@ func fileExists(path string) bool {
 }
 
 // start runs QEMU, connected to the pod's network.
-func (s *sandbox) start(ctx context.Context, spec *host.SandboxSpec, c machine.Config) (link.Network, error) {
+func (s *sandbox) start(ctx context.Context, spec *backend.SandboxSpec, c machine.Config) (link.Network, error) {
 	var net link.Attached
 	if spec.NetNS != "" {
 		attached, err := link.Attach(spec.NetNS)
@@ -176,7 +178,7 @@ func (s *sandbox) start(ctx context.Context, spec *host.SandboxSpec, c machine.C
 }
 
 // setup waits for the agent, and has it make the machine a pod.
-func (s *sandbox) setup(ctx context.Context, spec *host.SandboxSpec, o *hostv1.MachineOptions, network link.Network) error {
+func (s *sandbox) setup(ctx context.Context, spec *backend.SandboxSpec, o *hostv1.MachineOptions, network link.Network) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Duration(o.BootTimeout)*time.Second)
 	defer cancel()
 	netJSON, err := json.Marshal(network)
@@ -197,6 +199,34 @@ func (s *sandbox) setup(ctx context.Context, spec *host.SandboxSpec, o *hostv1.M
 	s.mu.Unlock()
 	s.backend.log.Info("machine is up", "sandbox", s.id, "kernel", line(resp.Kernel), "agentUp", resp.UptimeMillis)
 	return nil
+}
+
+// prepareContainers has the guest do what its first container would wait for,
+// which fails as well where this does.
+func (s *sandbox) prepareContainers(ctx context.Context) error {
+	err := s.call(ctx, func(ctx context.Context, g guestv1.GuestService) error {
+		_, err := g.Prepare(ctx, &emptypb.Empty{})
+		return err
+	})
+	if errdefs.IsNotImplemented(err) {
+		return nil // a guest of an older build has done it at its start
+	}
+	if err != nil {
+		return fmt.Errorf("make the machine ready for containers: %w", err)
+	}
+	return nil
+}
+
+// prepareTime bounds what a pod has its guest do when it is there.
+const prepareTime = time.Minute
+
+// prepareLater does so while nobody waits.
+func (s *sandbox) prepareLater() {
+	ctx, cancel := context.WithTimeout(s.backend.ctx, prepareTime)
+	defer cancel()
+	if err := s.prepareContainers(ctx); err != nil && !errors.Is(err, errEnded) && s.backend.ctx.Err() == nil {
+		s.backend.log.Warn("containers of this machine will fail", "sandbox", s.id, "err", err)
+	}
 }
 
 // maxLine bounds a text from the guest that is shown to people.
@@ -239,7 +269,7 @@ func (s *sandbox) explain(ctx context.Context, err error) error {
 
 // machineConfig decides on everything that does not depend on the pod's files
 // and network.
-func (b *Backend) machineConfig(ctx context.Context, spec *host.SandboxSpec, o *hostv1.MachineOptions) (machine.Config, error) {
+func (b *Backend) machineConfig(ctx context.Context, spec *backend.SandboxSpec, o *hostv1.MachineOptions) (machine.Config, error) {
 	c := machine.Config{ID: spec.ID, Type: o.MachineType}
 	var err error
 	if c.QEMU, err = FindQEMU(o.Path); err != nil {

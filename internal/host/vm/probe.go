@@ -12,9 +12,8 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	guestv1 "cloister.dev/api/guest/v1"
 	hostv1 "cloister.dev/api/host/v1"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 	"cloister.dev/internal/host/vm/machine"
 )
@@ -92,13 +91,14 @@ func unique() string {
 // probeName is that of the machine that a probe boots.
 const probeName = "probe"
 
-// Probe is part of host.Backend: it boots a machine and asks its agent.
+// Probe is part of backend.Backend: it boots a machine and has it
+// made ready for containers.
 func (b *Backend) Probe(ctx context.Context, r *hostv1.ProbeRequest) (*hostv1.ProbeResponse, error) {
 	machine.Warm()
 	began := time.Now()
 	id := probeName + "-" + unique()
 	dir := filepath.Join(b.dir, "sandboxes", id)
-	spec := &host.SandboxSpec{ID: id, Dir: dir, Extra: r.GetExtra().GetValue(), Hostname: probeName}
+	spec := &backend.SandboxSpec{ID: id, Dir: dir, Extra: r.GetExtra().GetValue(), Hostname: probeName}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the probe's folder: %w", err)
 	}
@@ -116,10 +116,7 @@ func (b *Backend) Probe(ctx context.Context, r *hostv1.ProbeRequest) (*hostv1.Pr
 		rec := s.record()
 		resp.Path = rec.Machine.Type + "/" + rec.Accel
 		resp.Version = "Linux " + strings.Trim(rec.Kernel, `"`)
-		err = s.call(ctx, func(ctx context.Context, g guestv1.GuestService) error {
-			_, err := g.Metrics(ctx, nil)
-			return err
-		})
+		err = s.prepareContainers(ctx)
 	}
 	if err != nil {
 		resp.Works, resp.Reason = false, err.Error()

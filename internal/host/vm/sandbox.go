@@ -14,7 +14,7 @@ import (
 
 	"github.com/containerd/errdefs"
 
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 	"cloister.dev/internal/host/vm/machine"
 	"cloister.dev/internal/host/vm/share"
@@ -172,8 +172,8 @@ func (s *sandbox) awaitMachine(exited func(proc.Exit)) {
 // stopTime bounds taking a machine down.
 const stopTime = 20 * time.Second
 
-// StopSandbox is part of host.Backend.
-func (b *Backend) StopSandbox(ctx context.Context, spec *host.SandboxSpec, _ host.Process) error {
+// StopSandbox is part of backend.Backend.
+func (b *Backend) StopSandbox(ctx context.Context, spec *backend.SandboxSpec, _ backend.Process) error {
 	s := b.sandboxFor(spec.ID)
 	s.op.Lock()
 	defer s.op.Unlock()

@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	hostv1 "cloister.dev/api/host/v1"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/vm/machine"
 )
 
@@ -30,7 +30,7 @@ const (
 
 // sizeOf tells how large a machine the sandbox gets: the sum of its limits, or
 // the handler's default, and what the guest itself needs.
-func sizeOf(s *host.SandboxSpec, o *hostv1.MachineOptions) (machine.Size, error) {
+func sizeOf(s *backend.SandboxSpec, o *hostv1.MachineOptions) (machine.Size, error) {
 	size := machine.Size{CPUs: o.DefaultVcpus, Memory: int64(o.DefaultMemory) * mib}
 	if s.CPUQuota > 0 && s.CPUPeriod > 0 {
 		size.CPUs = uint32(min(maxCPUs, math.Ceil(float64(s.CPUQuota)/float64(s.CPUPeriod))))

@@ -14,7 +14,7 @@ import (
 
 	guestv1 "cloister.dev/api/guest/v1"
 	"cloister.dev/internal/guest"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/vm/share"
 )
 
@@ -23,7 +23,7 @@ const guestVersion = "1.0.2"
 
 // shareTask makes a task's files and disks visible to the machine and gives
 // the request that launches it there.
-func (s *sandbox) shareTask(ctx context.Context, t *host.TaskSpec) (*guestv1.LaunchRequest, error) {
+func (s *sandbox) shareTask(ctx context.Context, t *backend.TaskSpec) (*guestv1.LaunchRequest, error) {
 	if err := mountRootfs(t); err != nil {
 		return nil, err
 	}
@@ -98,7 +98,7 @@ func (s *sandbox) giveRoot(ctx context.Context, task, root string) (*guestv1.Roo
 }
 
 // readSpec reads the configuration that a client wrote into the bundle.
-func readSpec(t *host.TaskSpec) (*specs.Spec, error) {
+func readSpec(t *backend.TaskSpec) (*specs.Spec, error) {
 	b, err := os.ReadFile(filepath.Join(t.Bundle, "config.json"))
 	if err != nil {
 		return nil, fmt.Errorf("read the bundle: %w", err)
@@ -157,7 +157,7 @@ func shareMount(files *share.FS, base string, i int, m *specs.Mount) error {
 }
 
 // unshareTask takes a task's files and disks away from the machine.
-func (s *sandbox) unshareTask(ctx context.Context, t *host.TaskSpec) error {
+func (s *sandbox) unshareTask(ctx context.Context, t *backend.TaskSpec) error {
 	if err := s.releaseDisks(ctx, t.ID); err != nil {
 		return err
 	}
@@ -172,7 +172,7 @@ func (s *sandbox) unshareTask(ctx context.Context, t *host.TaskSpec) error {
 }
 
 // adaptLinux takes out what means something on the node's kernel only.
-func (s *sandbox) adaptLinux(t *host.TaskSpec, spec *specs.Spec) error {
+func (s *sandbox) adaptLinux(t *backend.TaskSpec, spec *specs.Spec) error {
 	l := spec.Linux
 	l.CgroupsPath = "/pod/" + key(t.ID, "")
 	l.Sysctl, l.IntelRdt, l.MountLabel, l.UIDMappings, l.GIDMappings = nil, nil, "", nil, nil

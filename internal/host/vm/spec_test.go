@@ -15,7 +15,7 @@ import (
 	guestv1 "cloister.dev/api/guest/v1"
 	hostv1 "cloister.dev/api/host/v1"
 	"cloister.dev/internal/guest"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 )
 
 func TestAdaptLinux(t *testing.T) {
@@ -30,7 +30,7 @@ func TestAdaptLinux(t *testing.T) {
 			Unified: map[string]string{"cpuset.cpus": "7", "memory.high": "1"}},
 		CgroupsPath: "/kubepods/x", Sysctl: map[string]string{"a": "b"},
 	}}
-	if err := s.adaptLinux(&host.TaskSpec{ID: "c"}, spec); err != nil {
+	if err := s.adaptLinux(&backend.TaskSpec{ID: "c"}, spec); err != nil {
 		t.Fatal(err)
 	}
 	var kinds []string
@@ -102,11 +102,11 @@ func TestOptions(t *testing.T) {
 func TestSize(t *testing.T) {
 	o := &hostv1.MachineOptions{}
 	fill(o)
-	size, err := sizeOf(&host.SandboxSpec{}, o)
+	size, err := sizeOf(&backend.SandboxSpec{}, o)
 	if err != nil || size.CPUs != 1 || size.Memory != DefaultMemory*mib {
 		t.Errorf("default size is %+v, %v", size, err)
 	}
-	size, err = sizeOf(&host.SandboxSpec{CPUQuota: 150000, CPUPeriod: 100000, MemoryLimit: 300 * mib}, o)
+	size, err = sizeOf(&backend.SandboxSpec{CPUQuota: 150000, CPUPeriod: 100000, MemoryLimit: 300 * mib}, o)
 	if err != nil || size.CPUs != 2 || size.Memory != 300*mib+guestMemory {
 		t.Errorf("size for limits is %+v, %v", size, err)
 	}

@@ -9,7 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	guestv1 "cloister.dev/api/guest/v1"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/vm/channel"
 	"cloister.dev/internal/host/vm/machine"
 )
@@ -24,7 +24,7 @@ const (
 )
 
 // plug plugs the ports of a process in. console is our end of its terminal.
-func (s *sandbox) plug(ctx context.Context, base string, st host.Streams) (names *guestv1.Streams, console *os.File, err error) {
+func (s *sandbox) plug(ctx context.Context, base string, st backend.Streams) (names *guestv1.Streams, console *os.File, err error) {
 	defer func() {
 		if err != nil {
 			_ = s.unplug(context.WithoutCancel(ctx), base) // the error says enough

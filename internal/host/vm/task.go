@@ -18,7 +18,7 @@ import (
 	"google.golang.org/protobuf/types/known/anypb"
 
 	guestv1 "cloister.dev/api/guest/v1"
-	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -29,7 +29,7 @@ type place struct {
 	Pid  uint32 `json:"pid"`
 }
 
-func placeOf(p host.Process) place {
+func placeOf(p backend.Process) place {
 	var pl place
 	_ = json.Unmarshal([]byte(p.Place), &pl) // ours; a task without a process has none
 	return pl
@@ -43,37 +43,37 @@ func key(task, exec string) string {
 
 // process gives the Process of something that runs in the machine. Its pid is
 // QEMU's: the guest's means nothing outside, and could be taken for another.
-func (s *sandbox) process(exec string, pid uint32) (host.Process, error) {
+func (s *sandbox) process(exec string, pid uint32) (backend.Process, error) {
 	b, err := json.Marshal(place{Exec: exec, Pid: pid})
 	if err != nil {
-		return host.Process{}, err
+		return backend.Process{}, err
 	}
 	state := s.record().Machine
-	return host.Process{Pid: state.Pid, Start: state.Start, Place: string(b)}, nil
+	return backend.Process{Pid: state.Pid, Start: state.Start, Place: string(b)}, nil
 }
 
-// Create is part of host.Backend.
-func (b *Backend) Create(ctx context.Context, t *host.TaskSpec, st host.Streams, exited func(proc.Exit)) (host.Started, error) {
+// Create is part of backend.Backend.
+func (b *Backend) Create(ctx context.Context, t *backend.TaskSpec, st backend.Streams, exited func(proc.Exit)) (backend.Started, error) {
 	return b.launch(ctx, t, st, false, exited)
 }
 
-// Start is part of host.Backend.
-func (b *Backend) Start(ctx context.Context, t *host.TaskSpec, st host.Streams, exited func(proc.Exit)) (host.Started, error) {
+// Start is part of backend.Backend.
+func (b *Backend) Start(ctx context.Context, t *backend.TaskSpec, st backend.Streams, exited func(proc.Exit)) (backend.Started, error) {
 	if t.RunOnStart {
 		return b.launch(ctx, t, st, true, exited)
 	}
 	s, err := b.sandboxOf(ctx, t)
 	if err != nil {
-		return host.Started{}, err
+		return backend.Started{}, err
 	}
-	return host.Started{}, s.call(ctx, func(ctx context.Context, g guestv1.GuestService) error {
+	return backend.Started{}, s.call(ctx, func(ctx context.Context, g guestv1.GuestService) error {
 		_, err := g.Start(ctx, &guestv1.TaskRequest{Task: t.ID})
 		return err
 	})
 }
 
 // launch makes a container in the machine.
-func (b *Backend) launch(ctx context.Context, t *host.TaskSpec, streams host.Streams, run bool, exited func(proc.Exit)) (st host.Started, err error) {
+func (b *Backend) launch(ctx context.Context, t *backend.TaskSpec, streams backend.Streams, run bool, exited func(proc.Exit)) (st backend.Started, err error) {
 	s, err := b.sandboxOf(ctx, t)
 	if err != nil {
 		return st, err
@@ -111,8 +111,8 @@ func (b *Backend) launch(ctx context.Context, t *host.TaskSpec, streams host.Str
 	return st, nil
 }
 
-// Exec is part of host.Backend.
-func (b *Backend) Exec(ctx context.Context, t *host.TaskSpec, id string, process []byte, streams host.Streams, exited func(proc.Exit)) (st host.Started, err error) {
+// Exec is part of backend.Backend.
+func (b *Backend) Exec(ctx context.Context, t *backend.TaskSpec, id string, process []byte, streams backend.Streams, exited func(proc.Exit)) (st backend.Started, err error) {
 	s, err := b.sandboxOf(ctx, t)
 	if err != nil {
 		return st, err
@@ -142,7 +142,7 @@ func (b *Backend) Exec(ctx context.Context, t *host.TaskSpec, id string, process
 }
 
 // await waits for the end of a process in the guest and tells it.
-func (b *Backend) await(t *host.TaskSpec, p host.Process, exited func(proc.Exit)) {
+func (b *Backend) await(t *backend.TaskSpec, p backend.Process, exited func(proc.Exit)) {
 	began := time.Now()
 	exec := placeOf(p).Exec
 	s, err := b.sandboxOf(b.ctx, t)
@@ -212,8 +212,8 @@ func (s *sandbox) exitOf(resp *guestv1.WaitResponse, err error, began time.Time)
 	return e
 }
 
-// Find is part of host.Backend.
-func (b *Backend) Find(ctx context.Context, t *host.TaskSpec, exited func(proc.Exit)) (st host.Started, found bool, err error) {
+// Find is part of backend.Backend.
+func (b *Backend) Find(ctx context.Context, t *backend.TaskSpec, exited func(proc.Exit)) (st backend.Started, found bool, err error) {
 	s, err := b.sandboxOf(ctx, t)
 	if errdefs.IsNotFound(err) {
 		return st, false, nil
@@ -242,8 +242,8 @@ func (b *Backend) Find(ctx context.Context, t *host.TaskSpec, exited func(proc.E
 	return st, true, nil
 }
 
-// Settle is part of host.Backend.
-func (b *Backend) Settle(ctx context.Context, t *host.TaskSpec, _ host.Process) (oom bool, err error) {
+// Settle is part of backend.Backend.
+func (b *Backend) Settle(ctx context.Context, t *backend.TaskSpec, _ backend.Process) (oom bool, err error) {
 	s, err := b.sandboxOf(ctx, t)
 	if err != nil {
 		return false, ignoreNotFound(err)
@@ -271,8 +271,8 @@ func ignoreNotFound(err error) error {
 	return err
 }
 
-// Delete is part of host.Backend.
-func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
+// Delete is part of backend.Backend.
+func (b *Backend) Delete(ctx context.Context, t *backend.TaskSpec) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), stopTime)
 	defer cancel()
 	s, err := b.sandboxOf(ctx, t)
@@ -297,7 +297,7 @@ func (b *Backend) Delete(ctx context.Context, t *host.TaskSpec) error {
 }
 
 // onTask calls the guest about a task.
-func (b *Backend) onTask(ctx context.Context, t *host.TaskSpec, f func(context.Context, guestv1.GuestService, *guestv1.TaskRequest) error) error {
+func (b *Backend) onTask(ctx context.Context, t *backend.TaskSpec, f func(context.Context, guestv1.GuestService, *guestv1.TaskRequest) error) error {
 	s, err := b.sandboxOf(ctx, t)
 	if err != nil {
 		return err
@@ -307,8 +307,8 @@ func (b *Backend) onTask(ctx context.Context, t *host.TaskSpec, f func(context.C
 	})
 }
 
-// Signal is part of host.Backend.
-func (b *Backend) Signal(ctx context.Context, t *host.TaskSpec, p host.Process, signal int, all bool) error {
+// Signal is part of backend.Backend.
+func (b *Backend) Signal(ctx context.Context, t *backend.TaskSpec, p backend.Process, signal int, all bool) error {
 	if signal <= 0 || signal > 64 {
 		return fmt.Errorf("signal %d does not exist: %w", signal, errdefs.ErrInvalidArgument)
 	}
@@ -322,24 +322,24 @@ func (b *Backend) Signal(ctx context.Context, t *host.TaskSpec, p host.Process, 
 	return err
 }
 
-// Pause is part of host.Backend.
-func (b *Backend) Pause(ctx context.Context, t *host.TaskSpec) error {
+// Pause is part of backend.Backend.
+func (b *Backend) Pause(ctx context.Context, t *backend.TaskSpec) error {
 	return b.onTask(ctx, t, func(ctx context.Context, g guestv1.GuestService, r *guestv1.TaskRequest) error {
 		_, err := g.Pause(ctx, r)
 		return err
 	})
 }
 
-// Resume is part of host.Backend.
-func (b *Backend) Resume(ctx context.Context, t *host.TaskSpec) error {
+// Resume is part of backend.Backend.
+func (b *Backend) Resume(ctx context.Context, t *backend.TaskSpec) error {
 	return b.onTask(ctx, t, func(ctx context.Context, g guestv1.GuestService, r *guestv1.TaskRequest) error {
 		_, err := g.Resume(ctx, r)
 		return err
 	})
 }
 
-// Update is part of host.Backend.
-func (b *Backend) Update(ctx context.Context, t *host.TaskSpec, resources []byte) error {
+// Update is part of backend.Backend.
+func (b *Backend) Update(ctx context.Context, t *backend.TaskSpec, resources []byte) error {
 	s, err := b.sandboxOf(ctx, t)
 	if err != nil {
 		return err
@@ -355,8 +355,8 @@ func (b *Backend) Update(ctx context.Context, t *host.TaskSpec, resources []byte
 // maxPids bounds what a guest can claim.
 const maxPids = 1 << 16
 
-// Pids is part of host.Backend. They are those of the guest.
-func (b *Backend) Pids(ctx context.Context, t *host.TaskSpec, _ host.Process) (pids []int, err error) {
+// Pids is part of backend.Backend. They are those of the guest.
+func (b *Backend) Pids(ctx context.Context, t *backend.TaskSpec, _ backend.Process) (pids []int, err error) {
 	err = b.onTask(ctx, t, func(ctx context.Context, g guestv1.GuestService, r *guestv1.TaskRequest) error {
 		resp, err := g.Pids(ctx, r)
 		for _, p := range resp.GetPids() {
@@ -369,8 +369,8 @@ func (b *Backend) Pids(ctx context.Context, t *host.TaskSpec, _ host.Process) (p
 	return pids, err
 }
 
-// Stats is part of host.Backend.
-func (b *Backend) Stats(ctx context.Context, t *host.TaskSpec, _ host.Process) (*anypb.Any, error) {
+// Stats is part of backend.Backend.
+func (b *Backend) Stats(ctx context.Context, t *backend.TaskSpec, _ backend.Process) (*anypb.Any, error) {
 	var a *anypb.Any
 	err := b.onTask(ctx, t, func(ctx context.Context, g guestv1.GuestService, r *guestv1.TaskRequest) (err error) {
 		a, err = g.Stats(ctx, r)
@@ -397,8 +397,8 @@ func checkedStats(a *anypb.Any) (*anypb.Any, error) {
 	return nil, fmt.Errorf("metrics from the guest are of type %.100q: %w", a.GetTypeUrl(), errdefs.ErrDataLoss)
 }
 
-// ResizeTerminal is part of host.TerminalResizer.
-func (b *Backend) ResizeTerminal(ctx context.Context, t *host.TaskSpec, p host.Process, width, height uint32) error {
+// ResizeTerminal is part of backend.TerminalResizer.
+func (b *Backend) ResizeTerminal(ctx context.Context, t *backend.TaskSpec, p backend.Process, width, height uint32) error {
 	return b.onTask(ctx, t, func(ctx context.Context, g guestv1.GuestService, r *guestv1.TaskRequest) error {
 		_, err := g.Resize(ctx, &guestv1.ResizeRequest{Task: r.Task, Exec: placeOf(p).Exec, Width: width, Height: height})
 		return err

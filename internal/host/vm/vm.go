@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sync/singleflight"
 
 	"cloister.dev/internal/host"
+	"cloister.dev/internal/host/backend"
 	"cloister.dev/internal/host/proc"
 )
 
@@ -50,9 +51,9 @@ type Backend struct {
 }
 
 var (
-	_ host.Backend         = (*Backend)(nil)
-	_ host.Machines        = (*Backend)(nil)
-	_ host.TerminalResizer = (*Backend)(nil)
+	_ backend.Backend         = (*Backend)(nil)
+	_ host.Machines           = (*Backend)(nil)
+	_ backend.TerminalResizer = (*Backend)(nil)
 )
 
 // New gives a backend whose files are under dir.
@@ -73,7 +74,7 @@ func (b *Backend) Close() {
 	}
 }
 
-// Name is part of host.Backend.
+// Name is part of backend.Backend.
 func (b *Backend) Name() string { return "vm" }
 
 // sandbox gives a sandbox, taking it up from its record when an earlier life
@@ -111,7 +112,7 @@ func (b *Backend) recordPath(id string) string {
 }
 
 // sandboxOf finds the sandbox of a task.
-func (b *Backend) sandboxOf(ctx context.Context, t *host.TaskSpec) (*sandbox, error) {
+func (b *Backend) sandboxOf(ctx context.Context, t *backend.TaskSpec) (*sandbox, error) {
 	id := t.Sandbox
 	if id == "" {
 		var err error
@@ -125,9 +126,9 @@ func (b *Backend) sandboxOf(ctx context.Context, t *host.TaskSpec) (*sandbox, er
 // holderPlace marks the process that is a machine and no task's.
 const holderPlace = "machine"
 
-// Watch is part of host.Backend. For a sandbox held is kept; the processes of
+// Watch is part of backend.Backend. For a sandbox held is kept; the processes of
 // tasks have no pidfd here.
-func (b *Backend) Watch(t *host.TaskSpec, p host.Process, held *os.File, exited func(proc.Exit)) *os.File {
+func (b *Backend) Watch(t *backend.TaskSpec, p backend.Process, held *os.File, exited func(proc.Exit)) *os.File {
 	if p.Place == holderPlace {
 		b.workers.Go(func() { b.watchMachine(t.ID, p, exited) })
 		return held
@@ -140,7 +141,7 @@ func (b *Backend) Watch(t *host.TaskSpec, p host.Process, held *os.File, exited 
 }
 
 // watchMachine tells the end of a machine that an earlier life started.
-func (b *Backend) watchMachine(id string, p host.Process, exited func(proc.Exit)) {
+func (b *Backend) watchMachine(id string, p backend.Process, exited func(proc.Exit)) {
 	s, err := b.sandbox(b.ctx, id)
 	if err != nil {
 		b.log.Error("machine not taken up, ending it", "sandbox", id, "err", err)

@@ -1,5 +1,5 @@
 // Package image keeps guests: a kernel, and an initial file system with
-// cloister-shim as its first program, crun with its libraries, and the kernel
+// cloister-agent as its first program, crun with its libraries, and the kernel
 // modules that a guest needs. It promises that a guest appears under its name
 // as a whole or not at all.
 //
@@ -30,7 +30,7 @@ type Guest struct {
 type Manifest struct {
 	KernelVersion string   `json:"kernelVersion"` // what uname -r says in it
 	KernelSource  string   `json:"kernelSource"`  // a package with its version, or a path
-	Agent         string   `json:"agent"`         // version of cloister-shim
+	Agent         string   `json:"agent"`         // version of cloister-agent
 	Runtime       string   `json:"runtime"`       // version of crun
 	Digest        string   `json:"digest"`        // of kernel and initrd
 	Size          int64    `json:"size"`          // bytes of both
@@ -51,13 +51,16 @@ const (
 	BareMark = "cloister: the kernel is up"
 )
 
+// BootPath is where the initial file system lists the module files that a
+// machine of a type ("microvm", "q35") loads before anything else works: one
+// path a line, in this order. It is not part of Contents because a machine's
+// start waits for it, and would for all of that to be decoded.
+func BootPath(machine string) string { return "/etc/cloister/boot-" + machine }
+
 // Contents is what the agent in the guest is told of its own file system.
 type Contents struct {
 	Kernel string `json:"kernel"`
-	// Boot lists, for each machine type ("microvm", "q35"), the module files to
-	// load in this order before anything else works.
-	Boot map[string][]string `json:"boot"`
-	// Modules are all modules by name, for those that are wanted later.
+	// Modules are all modules by name.
 	Modules map[string]Module `json:"modules"`
 	Runtime string            `json:"runtime"` // path of crun
 }

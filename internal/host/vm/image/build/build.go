@@ -32,7 +32,7 @@ import (
 type Options struct {
 	Root  string // folder of all guests
 	Name  string // empty: image.DefaultName
-	Agent string // path of the static cloister-shim
+	Agent string // path of the static cloister-agent
 	// Runtime is the path of crun; empty: looked up in PATH.
 	Runtime string
 
@@ -193,13 +193,13 @@ func addRuntime(ctx context.Context, t tree, name string) (version string, err e
 }
 
 func addModules(t tree, src unpacked, extra []string) (image.Contents, error) {
-	c := image.Contents{Kernel: src.version, Runtime: runtimePath, Boot: map[string][]string{}}
+	c := image.Contents{Kernel: src.version, Runtime: runtimePath}
 	have, err := findModules(src.modules)
 	if err != nil {
 		return c, err
 	}
 	p := picked{data: map[string][]byte{}, needs: map[string][]string{}, aliases: map[string][]string{}}
-	for _, list := range append(slices.Collect(maps.Values(bootModules())), laterModules()) {
+	for _, list := range append(slices.Collect(maps.Values(bootModules())), containerModules(), laterModules()) {
 		for _, name := range list {
 			if err := have.pick(&p, name, false); err != nil {
 				return c, err
@@ -213,7 +213,7 @@ func addModules(t tree, src unpacked, extra []string) (image.Contents, error) {
 	}
 	c.Modules = p.place(t, src.version)
 	for machine, wanted := range bootModules() {
-		c.Boot[machine] = bootOrder(c.Modules, wanted)
+		t.file(image.BootPath(machine), 0o644, []byte(strings.Join(bootOrder(c.Modules, wanted), "\n")+"\n"))
 	}
 	return c, nil
 }

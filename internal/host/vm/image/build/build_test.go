@@ -7,13 +7,14 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
 	"cloister.dev/internal/host/vm/image"
 )
 
-// agent builds a static program to stand in for cloister-shim.
+// agent builds a static program to stand in for cloister-agent.
 func agent(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -85,25 +86,40 @@ func cache(t *testing.T) string {
 	return dir
 }
 
+// fileIn gives a file of an archive.
+func fileIn(t *testing.T, initrd []byte, path string) []byte {
+	t.Helper()
+	const header, sizeAt = 110, 54
+	at := bytes.Index(initrd, []byte(strings.TrimPrefix(path, "/")+"\x00"))
+	if at < header {
+		t.Fatalf("the initial file system has no %s", path)
+	}
+	size, err := strconv.ParseUint(string(initrd[at-header+sizeAt:][:8]), 16, 32)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := initrd[at-header+(header+len(path)+3)/4*4:]
+	return data[:size]
+}
+
 // contents checks what the agent will find.
 func contents(t *testing.T, initrd []byte) {
 	t.Helper()
-	_, after, ok := bytes.Cut(initrd, []byte(strings.TrimPrefix(image.ContentsPath, "/")+"\x00"))
-	if !ok {
-		t.Fatal("the initial file system does not describe itself")
-	}
 	var c image.Contents
-	if err := json.NewDecoder(bytes.NewReader(bytes.TrimLeft(after, "\x00"))).Decode(&c); err != nil {
+	if err := json.Unmarshal(fileIn(t, initrd, image.ContentsPath), &c); err != nil {
 		t.Fatal(err)
 	}
 	for kind, first := range map[string]string{"microvm": "virtio_mmio.ko", "q35": "virtio_pci.ko"} {
-		paths := c.Boot[kind]
+		paths := strings.Fields(string(fileIn(t, initrd, image.BootPath(kind))))
 		at := func(name string) int {
 			return slices.IndexFunc(paths, func(p string) bool { return strings.HasSuffix(p, "/"+name) })
 		}
-		if at(first) < 0 || at("virtio_ring.ko") < 0 || at("virtio_ring.ko") > at("virtio.ko") || at("virtio.ko") > at(first) || at("fuse.ko") > at("virtiofs.ko") {
+		if at(first) < 0 || at("virtio_ring.ko") < 0 || at("virtio_ring.ko") > at("virtio.ko") || at("virtio.ko") > at(first) {
 			t.Errorf("%s loads its modules in the order %v", kind, paths)
 		}
+	}
+	if files := c.Find("virtiofs"); len(files) < 2 || !strings.HasSuffix(files[0], "/fuse.ko") || !strings.HasSuffix(files[len(files)-1], "/virtiofs.ko") {
+		t.Errorf("virtiofs is loaded by %v", files)
 	}
 	if m := c.Modules["xfs"]; m.Path == "" {
 		t.Error("the extra module is not there")

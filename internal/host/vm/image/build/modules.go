@@ -19,15 +19,18 @@ import (
 	"cloister.dev/internal/host/vm/image"
 )
 
-// bootModules are what a guest needs before anything else works, for each type
-// of machine. Those that a kernel has built in are no modules and no loss.
+// bootModules are what a machine needs to be a pod, for each type of machine.
+// Those that a kernel has built in are no modules and no loss.
 func bootModules() map[string][]string {
-	always := []string{"virtio_console", "virtio_net", "virtiofs"}
+	always := []string{"virtio_console", "virtio_net"}
 	return map[string][]string{
 		"microvm": append([]string{"virtio_mmio"}, always...),
 		"q35":     append([]string{"virtio_pci"}, always...),
 	}
 }
+
+// containerModules are what the agent loads for the first container.
+func containerModules() []string { return []string{"virtiofs"} }
 
 // laterModules are loaded when they are wanted: disks, file systems on them,
 // resizing, vsock, and what pods do with the network inside their own kernel.

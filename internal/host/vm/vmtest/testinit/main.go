@@ -57,7 +57,6 @@ func check(err error) {
 }
 
 type contents struct {
-	Boot    map[string][]string
 	Modules map[string]struct {
 		Path  string
 		Needs []string
@@ -73,16 +72,16 @@ func readContents() (c contents, err error) {
 }
 
 func loadBoot(kind string) error {
-	c, err := readContents()
+	b, err := os.ReadFile("/etc/cloister/boot-" + kind)
 	if err != nil {
 		return err
 	}
-	for _, path := range c.Boot[kind] {
+	for path := range strings.FieldsSeq(string(b)) {
 		if err := load(path); err != nil {
 			return err
 		}
 	}
-	return nil
+	return modprobe("virtiofs")
 }
 
 func load(path string) error {

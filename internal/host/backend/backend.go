@@ -1,4 +1,7 @@
-package host
+// Package backend says what a way to isolate containers has to do. It promises
+// nothing itself and knows neither who asks, the services of package host or the
+// agent in a guest, nor how it is done.
+package backend
 
 import (
 	"context"
@@ -120,6 +123,15 @@ type Streams struct {
 	Stdin, Stdout, Stderr *os.File
 	// Terminal asks for a terminal instead.
 	Terminal bool
+}
+
+// Close closes the files that are there.
+func (s Streams) Close() {
+	for _, f := range [...]*os.File{s.Stdin, s.Stdout, s.Stderr} {
+		if f != nil {
+			f.Close()
+		}
+	}
 }
 
 // TaskSpec is what a backend is told of a task. It is on disk.
