@@ -11,7 +11,7 @@
 //	BENCH_PARALLEL=5      how many at once in the parallel measurements
 //	BENCH_LIST=1000       containers (created, not started) when lists are timed
 //	BENCH_MEMORY=40       pods with one running container each when memory is read
-//	BENCH_MACHINES=10     virtual machines, booted bare and as pods in turns; 0: none
+//	BENCH_MACHINES=20     virtual machines, booted bare and as pods in turns; 0: none
 //	BENCH_PULLS=3         pulls of each of the large images, each into an empty store
 //	BENCH_ONLY=           "pull" measures nothing but these
 //	BENCH_STREAM=1024     MiB through a container's stdout
@@ -71,7 +71,7 @@ func fromEnvironment() (settings, error) {
 	}{
 		{"BENCH_PODS", &s.Pods, 50}, {"BENCH_CONTAINERS", &s.Containers, 50}, {"BENCH_IMAGES", &s.Images, 10},
 		{"BENCH_ROUNDS", &s.Rounds, 2}, {"BENCH_PARALLEL", &s.Parallel, 5},
-		{"BENCH_LIST", &s.List, 1000}, {"BENCH_MEMORY", &s.Memory, 40}, {"BENCH_MACHINES", &s.Machines, 10},
+		{"BENCH_LIST", &s.List, 1000}, {"BENCH_MEMORY", &s.Memory, 40}, {"BENCH_MACHINES", &s.Machines, 20},
 		{"BENCH_STREAM", &s.Stream, 1024},
 		{"BENCH_PULLS", &s.Pulls, 3},
 	} {

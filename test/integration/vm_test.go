@@ -365,6 +365,53 @@ func TestMachineOutlivesItsKeepers(t *testing.T) {
 	t.Logf("%d lines", len(lines))
 }
 
+// The machine of a probe does not outlive the shim that probes.
+func TestMachineOfAProbeEnds(t *testing.T) {
+	needRoot(t)
+	guests, err := guest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := here.start(t.Context(), testnode.Options{Guests: guests})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := closeNode(n); err != nil {
+			t.Error(err)
+		}
+	})
+	probing := func() (pids []int) {
+		for _, pid := range n.Processes() {
+			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+			if err == nil && bytes.Contains(b, []byte("qemu-system")) && bytes.Contains(b, []byte("guest=cloister.probe-")) {
+				pids = append(pids, pid)
+			}
+		}
+		return pids
+	}
+	// A daemon probes its handlers when it starts.
+	if err := n.Kill(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	started := make(chan error, 1)
+	go func() { started <- n.Run(t.Context()) }()
+	eventually(t, time.Minute, "a machine is probed", func() bool { return len(probing()) > 0 })
+	old := probing()
+	killShim(t, n)
+	eventually(t, time.Minute, "the machine of the probe is gone", func() bool {
+		return !slices.ContainsFunc(probing(), func(pid int) bool { return slices.Contains(old, pid) })
+	})
+	if err := <-started; err != nil {
+		t.Fatal(err)
+	}
+	runMachine(t, n).remove()
+	eventually(t, time.Minute, "no folder of a machine is left", func() bool {
+		left, err := os.ReadDir(filepath.Join(n.State(), "shim", "vm", "m"))
+		return err == nil && len(left) == 0
+	})
+}
+
 func logSize(t *testing.T, c *container) int64 {
 	t.Helper()
 	info, err := os.Stat(c.logPath())

@@ -256,6 +256,7 @@ func (s *sandbox) explain(ctx context.Context, err error) error {
 		case <-m.Done(): // the connection breaks a little before
 			err = fmt.Errorf("the virtual machine ended before it was up (%s): %w", m.Exit().Reason, errdefs.ErrUnavailable)
 		case <-gone.C:
+		case <-ctx.Done(): // nobody waits for the reason
 		}
 	}
 	if strings.Contains(console, guest.NoTimer) {

@@ -6,7 +6,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"os"
-	"path/filepath"
 	"strings"
 	"time"
 
@@ -71,7 +70,7 @@ func (b *Backend) kvm(ctx context.Context, c machine.Config) error {
 }
 
 func (b *Backend) probeKVM(c machine.Config) error {
-	c.ID = probeName + "-kvm-" + unique()
+	c.ID = probePrefix + "kvm-" + unique()
 	c.Dir = b.shortDir(c.ID)
 	if err := os.MkdirAll(c.Dir, 0o700); err != nil {
 		return fmt.Errorf("make the probe's folder: %w", err)
@@ -88,16 +87,26 @@ func unique() string {
 	return hex.EncodeToString(b[:])
 }
 
-// probeName is that of the machine that a probe boots.
-const probeName = "probe"
+// The machine that a probe boots: its hostname, and how its sandbox's ID begins,
+// which is no pod's.
+const (
+	probeName   = "probe"
+	probePrefix = "cloister.probe-"
+)
 
 // Probe is part of backend.Backend: it boots a machine and has it
 // made ready for containers.
 func (b *Backend) Probe(ctx context.Context, r *hostv1.ProbeRequest) (*hostv1.ProbeResponse, error) {
+	// Close breaks a probe off and waits until its machine is gone.
+	b.workers.Add(1)
+	defer b.workers.Done()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(b.ctx, cancel)()
 	machine.Warm()
 	began := time.Now()
-	id := probeName + "-" + unique()
-	dir := filepath.Join(b.dir, "sandboxes", id)
+	id := probePrefix + unique()
+	dir := b.sandboxDir(id)
 	spec := &backend.SandboxSpec{ID: id, Dir: dir, Extra: r.GetExtra().GetValue(), Hostname: probeName}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, fmt.Errorf("make the probe's folder: %w", err)

@@ -2,13 +2,10 @@ package vm
 
 import (
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"sync"
 	"time"
 
@@ -107,12 +104,6 @@ func (s *sandbox) update(f func(*record)) error {
 		return fmt.Errorf("write the machine's record: %w", err)
 	}
 	return nil
-}
-
-// shortDir is a folder whose path leaves room for the names of sockets.
-func (b *Backend) shortDir(id string) string {
-	sum := sha256.Sum256([]byte(id))
-	return filepath.Join(b.dir, "m", hex.EncodeToString(sum[:6]))
 }
 
 // takeUp finds the machine of an earlier life by its record; op is held.

@@ -16,6 +16,8 @@ package vm
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -56,10 +58,13 @@ var (
 	_ backend.TerminalResizer = (*Backend)(nil)
 )
 
-// New gives a backend whose files are under dir.
+// New gives a backend whose files are under dir, which it alone uses.
 func New(dir string, reaper *proc.Reaper, log *slog.Logger) *Backend {
 	b := &Backend{dir: dir, reaper: reaper, log: log, sandboxes: map[string]*sandbox{}, probes: map[string]*probedKVM{}}
 	b.ctx, b.cancel = context.WithCancel(context.Background())
+	if left := b.leftovers(); len(left) > 0 {
+		b.workers.Go(func() { b.clear(left) })
+	}
 	return b
 }
 
@@ -105,10 +110,23 @@ func (b *Backend) forget(s *sandbox) {
 	}
 }
 
-// recordPath is where a sandbox's record is, in the folder that the host keeps
-// for it.
+// machinesDir holds the folders of machines.
+const machinesDir = "m"
+
+// shortDir is a folder whose path leaves room for the names of sockets.
+func (b *Backend) shortDir(id string) string {
+	sum := sha256.Sum256([]byte(id))
+	return filepath.Join(b.dir, machinesDir, hex.EncodeToString(sum[:6]))
+}
+
+// sandboxesDir holds the folders that the host keeps for sandboxes.
+const sandboxesDir = "sandboxes"
+
+func (b *Backend) sandboxDir(id string) string { return filepath.Join(b.dir, sandboxesDir, id) }
+
+// recordPath is where a sandbox's record is, in the host's folder for it.
 func (b *Backend) recordPath(id string) string {
-	return filepath.Join(b.dir, "sandboxes", id, "backend.json")
+	return filepath.Join(b.sandboxDir(id), "backend.json")
 }
 
 // sandboxOf finds the sandbox of a task.
