@@ -38,6 +38,29 @@ func machines(t *testing.T) *testnode.Node {
 	return here.vm
 }
 
+// ownMachines is such a daemon for a test that kills it.
+func ownMachines(t *testing.T) *testnode.Node {
+	t.Helper()
+	needRoot(t)
+	guests, err := guest(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := here.start(t.Context(), testnode.Options{Guests: guests})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the end of the daemon's log:\n%s", n.LogTail(40))
+		}
+		if err := closeNode(n); err != nil {
+			t.Error(err)
+		}
+	})
+	return n
+}
+
 // guest builds the guest once.
 func guest(ctx context.Context) (string, error) {
 	dir := filepath.Join(here.dir, "guests")
@@ -311,23 +334,7 @@ func qemuOf(t *testing.T, n *testnode.Node, p *pod) int {
 // Lines that a pod in a virtual machine writes are in the log once each and in
 // order, whatever is killed outside meanwhile, and its end is told.
 func TestMachineOutlivesItsKeepers(t *testing.T) {
-	needRoot(t)
-	guests, err := guest(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	n, err := here.start(t.Context(), testnode.Options{Guests: guests})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("the end of the daemon's log:\n%s", n.LogTail(40))
-		}
-		if err := closeNode(n); err != nil {
-			t.Error(err)
-		}
-	})
+	n := ownMachines(t)
 	p := runMachine(t, n)
 	writer := p.sh("trap 'stop=1' TERM; i=0; while [ -z \"$stop\" ]; do echo line $i; i=$((i+1)); done; echo last $i; exit 9")
 	writer.waitLog("line 10\n")
@@ -367,20 +374,7 @@ func TestMachineOutlivesItsKeepers(t *testing.T) {
 
 // The machine of a probe does not outlive the shim that probes.
 func TestMachineOfAProbeEnds(t *testing.T) {
-	needRoot(t)
-	guests, err := guest(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	n, err := here.start(t.Context(), testnode.Options{Guests: guests})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := closeNode(n); err != nil {
-			t.Error(err)
-		}
-	})
+	n := ownMachines(t)
 	probing := func() (pids []int) {
 		for _, pid := range n.Processes() {
 			b, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
